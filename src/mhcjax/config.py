@@ -98,6 +98,7 @@ class OptimConfig:
     weight_decay: float = _option(
         0.0, "decoupled decay of matrices, embedding and head; never of static mixing leaves"
     )
+    z_loss: float = _option(0.0, "weight of mean(logsumexp(logits)^2) in the loss")
     clip: float = _option(1.0, "largest global gradient norm; 0 turns clipping off")
     beta1: float = _option(0.9, "first moment (AdamW), interpolation (Lion)")
     beta2: float = _option(0.95, "second moment (AdamW), momentum (Lion)")

@@ -1,0 +1,447 @@
+"""The model: a decoder-only transformer whose every sublayer goes through `connect`.
+
+NNX modules are the shell: `build` splits them once into a graph definition and a plain dict of
+parameters; train state, optimizer and checkpoints hold that dict, and a jitted function calls
+`nnx.merge(graphdef, params)`. Blocks are stored stacked, `[L, ...]`; scan or loop only decides how
+they are walked. No mixing mathematics in this file.
+
+Axis key: B batch, T position, S cached position, D width, N stream, H head, K head size, F hidden,
+V vocabulary, L block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mhcjax import connections, presets
+from mhcjax.config import ModelConfig
+
+__all__ = [
+    "AXES",
+    "GPT",
+    "Cache",
+    "Sublayer",
+    "abstract_params",
+    "build",
+    "connection_of",
+    "count",
+    "empty_cache",
+    "graph",
+    "rms_norm",
+    "sublayer_leaves",
+]
+
+# Axis letters of every parameter that a mesh may split, by its name.
+AXES = {
+    "embedding": "VD",
+    "head": "DV",
+    "query": "LDHK",
+    "key": "LDHK",
+    "value": "LDHK",
+    "out": "LHKD",
+    "gate": "LDF",
+    "up": "LDF",
+    "down": "LFD",
+}
+
+VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
+SUBLAYERS = ("attention", "mlp")  # of one block, in order: sublayer 2b and 2b + 1
+
+
+class Cache(NamedTuple):
+    """Keys and values of all blocks, `[L, B, S, H, K]`; empty positions are never attended to."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Sublayer(NamedTuple):
+    """What `GPT.trace` records: the streams before it, what res mixes, the mix, f's output."""
+
+    x: jax.Array
+    operand: jax.Array
+    mix: connections.Mix
+    y: jax.Array
+
+
+def connection_of(config: ModelConfig) -> connections.Connection:
+    """The connection that the config names.
+
+    >>> connection_of(ModelConfig()).streams
+    2
+    """
+    c = config.connection
+    options = {"init": c.init, "alpha_logit": c.alpha_logit, "rule": c.rule, "exit": c.exit}
+    return presets.named(c.preset, **{k: v for k, v in options.items() if v is not None})
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """`x / sqrt(mean(x^2) + 1e-6)` over the last axis, in at least float32, without a gain.
+
+    A gain would be absorbed by the projection that follows (Zhang and Sennrich, arXiv 1910.07467).
+
+    >>> rms_norm(jnp.array([3.0, -3.0])).round(3).tolist()
+    [1.0, -1.0]
+    """
+    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def _rope(x_BTHK: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding, half-split: (a, b) -> (a cos - b sin, b cos + a sin) (arXiv 2104.09864)."""
+    half = x_BTHK.shape[-1] // 2
+    wide = x_BTHK.astype(jnp.promote_types(jnp.float32, x_BTHK.dtype))
+    frequency = base ** (-jnp.arange(half, dtype=wide.dtype) / half)
+    angle = positions_BT[..., None, None].astype(wide.dtype) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = wide[..., :half], wide[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype: Any) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(key, shape, dtype))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention; key and value head = query head // group."""
+
+    def __init__(self, config: ModelConfig, *, key: jax.Array) -> None:
+        D, H, kv = config.width, config.heads, config.kv_heads or config.heads
+        K, L, dtype = D // H, config.layers, _param_dtype(config)
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.query = _normal(keys[0], (L, D, H, K), D**-0.5, dtype)
+        self.key = _normal(keys[1], (L, D, kv, K), D**-0.5, dtype)
+        self.value = _normal(keys[2], (L, D, kv, K), D**-0.5, dtype)
+        self.out = _normal(keys[3], (L, H, K, D), (H * K) ** -0.5 / (2 * L) ** 0.5, dtype)
+
+    def __call__(
+        self, u_BTD: jax.Array, positions_BT: jax.Array, cache: Cache | None, layer: Any
+    ) -> tuple[jax.Array, Cache | None]:
+        q, k, v = (
+            jnp.einsum("btd,dhk->bthk", u_BTD, w[...].astype(u_BTD.dtype))
+            for w in (self.query, self.key, self.value)
+        )
+        if self.config.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        q = _rope(q, positions_BT, self.config.rope_base)
+        k = _rope(k, positions_BT, self.config.rope_base)
+        if cache is None:
+            y = jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=_attention_implementation(q)
+            )
+        else:
+            rows = jnp.arange(q.shape[0])[:, None]
+            cache = Cache(
+                cache.key.at[layer, rows, positions_BT].set(k.astype(cache.key.dtype)),
+                cache.value.at[layer, rows, positions_BT].set(v.astype(cache.value.dtype)),
+            )
+            seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
+            y = jax.nn.dot_product_attention(q, cache.key[layer], cache.value[layer], mask=seen)
+        return jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype)), cache
+
+
+def _attention_implementation(q: jax.Array) -> Literal["cudnn"] | None:
+    """cuDNN by name on a GPU: None always means XLA, and cuDNN takes 16-bit types only."""
+    gpu = jax.default_backend() == "gpu"
+    return "cudnn" if gpu and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 else None
+
+
+class MLP(nnx.Module):
+    """`down(relu(up(u))^2)` (arXiv 2109.08668), or SwiGLU `down(silu(gate(u)) * up(u))`."""
+
+    def __init__(self, config: ModelConfig, *, key: jax.Array) -> None:
+        D, F, L, dtype = config.width, _hidden(config), config.layers, _param_dtype(config)
+        keys = jax.random.split(key, 3)
+        if config.mlp == "swiglu":
+            self.gate = _normal(keys[0], (L, D, F), D**-0.5, dtype)
+        self.gated = config.mlp == "swiglu"
+        self.up = _normal(keys[1], (L, D, F), D**-0.5, dtype)
+        self.down = _normal(keys[2], (L, F, D), F**-0.5 / (2 * L) ** 0.5, dtype)
+
+    def __call__(self, u_BTD: jax.Array) -> jax.Array:
+        up = u_BTD @ self.up[...].astype(u_BTD.dtype)
+        if self.gated:
+            hidden = jax.nn.silu(u_BTD @ self.gate[...].astype(u_BTD.dtype)) * up
+        else:
+            hidden = jnp.square(jax.nn.relu(up))
+        return hidden @ self.down[...].astype(u_BTD.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind its own connection."""
+
+    def __init__(
+        self, config: ModelConfig, spec: connections.Connection, *, key: jax.Array
+    ) -> None:
+        keys = jax.random.split(key, 4)
+        self.spec = spec
+        self.attention = Attention(config, key=keys[0])
+        self.mlp = MLP(config, key=keys[1])
+        self.attention_connection = _connection_params(config, spec, 0, key=keys[2])
+        self.mlp_connection = _connection_params(config, spec, 1, key=keys[3])
+
+    def sublayers(
+        self, positions_BT: jax.Array, cache: Cache | None, layer: Any
+    ) -> Iterator[tuple[str, connections.Params, Callable]]:
+        """(name, parameters of the connection, f with its pre-norm; f returns (y, cache))."""
+
+        def attention(u: jax.Array) -> tuple[jax.Array, Cache | None]:
+            return self.attention(rms_norm(u), positions_BT, cache, layer)
+
+        def mlp(u: jax.Array) -> tuple[jax.Array, None]:
+            return self.mlp(rms_norm(u)), None
+
+        for name, f in zip(SUBLAYERS, (attention, mlp), strict=True):
+            params = getattr(self, f"{name}_connection")
+            yield name, {leaf: param[...] for leaf, param in params.items()}, f
+
+    def __call__(
+        self, x: jax.Array, positions_BT: jax.Array, cache: Cache | None, layer: Any
+    ) -> tuple[jax.Array, Cache | None]:
+        for name, params, f in self.sublayers(positions_BT, cache, layer):
+            with jax.named_scope(name):
+                x, aux = connections.connect(self.spec, params, f, x, has_aux=True)
+            cache = aux if name == "attention" else cache
+        return x, cache
+
+
+def _connection_params(
+    config: ModelConfig, spec: connections.Connection, offset: int, *, key: jax.Array
+) -> nnx.Dict:
+    """The connection of sublayer `offset` of every block, stacked."""
+    layers = [
+        connections.init(
+            spec,
+            width=config.width,
+            layer=2 * block + offset,
+            layers=2 * config.layers,
+            key=jax.random.fold_in(key, block),
+            dtype=_param_dtype(config),
+        )
+        for block in range(config.layers)
+    ]
+    return nnx.Dict({name: nnx.Param(jnp.stack([p[name] for p in layers])) for name in layers[0]})
+
+
+class GPT(nnx.Module):
+    """Embedding, stacked blocks on N streams, final norm, head."""
+
+    def __init__(self, config: ModelConfig, *, key: jax.Array) -> None:
+        _check(config)
+        keys = jax.random.split(key, 4)
+        V, D, dtype = _padded(config.vocab), config.width, _param_dtype(config)
+        self.config = config
+        self.spec = connection_of(config)
+        self.embedding = _normal(keys[0], (V, D), config.embedding_std, dtype)
+        self.blocks = Block(config, self.spec, key=keys[1])
+        if not config.tied:
+            self.head = _normal(keys[2], (D, V), config.embedding_std, dtype)
+        ends = connections.init_ends(self.spec, width=D, key=keys[3])
+        self.entry = nnx.Dict({name: nnx.Param(a) for name, a in ends["entry"].items()})
+        self.exit = nnx.Dict({name: nnx.Param(a) for name, a in ends["exit"].items()})
+
+    def _enter(self, tokens_BT: jax.Array) -> jax.Array:
+        """Tokens -> streams x[B, T, N, D]."""
+        dtype = jnp.dtype(self.config.dtype)
+        u_BTD = self.embedding[...].astype(dtype)[tokens_BT]
+        params = {name: p[...] for name, p in self.entry.items()}
+        return connections.expand(u_BTD, self.spec.streams, self.spec.entry, params)
+
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Tokens -> (what the head reads, h[B, T, D], cache).
+
+        With a cache, keys and values are written at `positions_BT` and every position up to a
+        query's own is attended to: prefill and single-token decode are this one call.
+        """
+        positions = _positions(tokens_BT) if positions_BT is None else positions_BT
+        graphdef, stacked = nnx.split(self.blocks, nnx.Param)
+
+        def run(
+            params: Any, layer: Any, x: jax.Array, cache: Cache | None
+        ) -> tuple[jax.Array, Cache | None]:
+            return nnx.merge(graphdef, params)(x, positions, cache, layer)
+
+        if self.config.remat:
+            run = jax.checkpoint(run)
+        x = self._enter(tokens_BT)
+        if self.config.walk == "loop":
+            for layer in range(self.config.layers):
+                params = jax.tree.map(lambda a, l=layer: a[l], stacked)
+                x, cache = run(params, layer, x, cache)
+        else:
+
+            def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+                return run(*inputs, *carry), None
+
+            layers = jnp.arange(self.config.layers)
+            (x, cache), _ = jax.lax.scan(step, (x, cache), (stacked, layers))
+        return self._leave(x), cache
+
+    def _leave(self, x: jax.Array) -> jax.Array:
+        params = {name: p[...] for name, p in self.exit.items()}
+        return rms_norm(connections.collapse(x, self.spec.exit, params))
+
+    def padded_logits(self, h_BTD: jax.Array) -> jax.Array:
+        """Logits in at least float32 over the padded vocabulary; padding is at -1e9."""
+        w_DV = self.embedding[...].T if self.config.tied else self.head[...]
+        wide = jnp.promote_types(jnp.float32, h_BTD.dtype)
+        logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=wide)
+        if self.config.soft_cap is not None:
+            logits = self.config.soft_cap * jnp.tanh(logits / self.config.soft_cap)
+        if logits.shape[-1] == self.config.vocab:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab, logits, -1e9)
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """Logits over the vocabulary, [B, T, V]."""
+        return self.padded_logits(h_BTD)[..., : self.config.vocab]
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Training forward: tokens[B, T] -> logits[B, T, V]."""
+        return self.logits(self.features(tokens_BT)[0])
+
+    def trace(self, tokens_BT: jax.Array) -> tuple[list[Sublayer], jax.Array]:
+        """Every sublayer's streams, operand of res, mix and output, and the streams at the exit."""
+        positions = _positions(tokens_BT)
+        graphdef, stacked = nnx.split(self.blocks, nnx.Param)
+        x, records = self._enter(tokens_BT), []
+        for layer in range(self.config.layers):
+            block = nnx.merge(graphdef, jax.tree.map(lambda a, l=layer: a[l], stacked))
+            for _, params, f in block.sublayers(positions, None, layer):
+                m = connections.mix(self.spec, params, x)
+                after, y = connections.connect(
+                    self.spec, params, partial(_twice, f), x, has_aux=True
+                )
+                mixed = connections.operand(x, y, m, rule=self.spec.rule)
+                records.append(Sublayer(x, mixed, m, y))
+                x = after
+        return records, x
+
+
+def _twice(f: Callable, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f's output, also as the auxiliary value."""
+    y, _ = f(u)
+    return y, y
+
+
+def _positions(tokens_BT: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+
+def _param_dtype(config: ModelConfig) -> Any:
+    """Parameters are float32 whatever the activations are, float64 in float64 runs."""
+    return jnp.float64 if config.dtype == "float64" else jnp.float32
+
+
+def _padded(vocab: int) -> int:
+    return -(-vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _hidden(config: ModelConfig) -> int:
+    if config.hidden is not None:
+        return config.hidden
+    return 4 * config.width if config.mlp == "relu2" else -(-8 * config.width // 3 // 64) * 64
+
+
+def _check(config: ModelConfig) -> None:
+    """One sentence for every config that cannot be a model."""
+    kv = config.kv_heads or config.heads
+    for name in ("layers", "width", "heads", "vocab", "context"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.{name} is {getattr(config, name)}: give at least 1")
+    if config.width % config.heads or (config.width // config.heads) % 2:
+        raise ValueError(
+            f"model.width {config.width} over {config.heads} heads is no even head size: "
+            "make width a multiple of 2 * heads"
+        )
+    if config.heads % kv:
+        raise ValueError(
+            f"model.kv_heads {kv} does not divide the {config.heads} heads: use one of "
+            f"{[k for k in range(1, config.heads + 1) if config.heads % k == 0]}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Models as (graph definition, plain dict of parameters)
+
+
+def build(config: ModelConfig, *, key: jax.Array) -> tuple[nnx.GraphDef, dict]:
+    """A model's graph definition and its freshly drawn parameters as a plain dict.
+
+    `nnx.merge(graphdef, params)` is the model again, inside a jitted function or outside.
+
+    >>> graphdef, params = build(ModelConfig(layers=1, width=8, vocab=16), key=jax.random.key(0))
+    >>> nnx.merge(graphdef, params)(jnp.zeros((1, 3), int)).shape
+    (1, 3, 16)
+
+    Raises ValueError for a config that cannot be a model.
+    """
+    graphdef, state = nnx.split(GPT(config, key=key), nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def graph(config: ModelConfig) -> nnx.GraphDef:
+    """The graph definition alone; no parameter is allocated.
+
+    >>> isinstance(graph(ModelConfig()), nnx.GraphDef)
+    True
+    """
+    model = nnx.eval_shape(lambda: GPT(config, key=jax.random.key(0)))
+    return nnx.split(model, nnx.Param)[0]
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes and dtypes of the parameters; none is allocated.
+
+    >>> abstract_params(ModelConfig())["blocks"]["mlp"]["up"].shape
+    (4, 128, 512)
+    """
+    return jax.eval_shape(lambda: build(config, key=jax.random.key(0))[1])
+
+
+def count(params: Any) -> int:
+    """Sum of the sizes of the leaves.
+
+    >>> count({"a": jnp.zeros((2, 3)), "b": jnp.zeros(())})
+    7
+    """
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+
+
+def empty_cache(config: ModelConfig, batch: int) -> Cache:
+    """A KV cache for `batch` sequences of up to `config.context` tokens.
+
+    >>> empty_cache(ModelConfig(), 2).key.shape
+    (4, 2, 128, 4, 32)
+    """
+    kv = config.kv_heads or config.heads
+    shape = (config.layers, batch, config.context, kv, config.width // config.heads)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def sublayer_leaves(tree: Any, config: ModelConfig) -> Iterator[tuple[int, str, str, jax.Array]]:
+    """(sublayer, its name, leaf name, leaf) of every mixing leaf of a tree shaped like the params.
+
+    >>> params = build(ModelConfig(layers=1, width=8, vocab=16), key=jax.random.key(0))[1]
+    >>> [(l, name, leaf) for l, name, leaf, _ in sublayer_leaves(params, ModelConfig(layers=1))][0]
+    (0, 'attention', 'alpha_logit')
+    """
+    for block in range(config.layers):
+        for offset, name in enumerate(SUBLAYERS):
+            for leaf, stacked in sorted(tree["blocks"][f"{name}_connection"].items()):
+                yield 2 * block + offset, name, leaf, stacked[block]

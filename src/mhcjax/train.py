@@ -1,0 +1,283 @@
+"""The training step: pure, jitted once, sharded, donated.
+
+`program(config, mesh)` compiles nothing: it holds the jitted `init`, `train_step`, `eval_step` and
+`probe` of one config on one mesh. A batch is tokens[A, B, T + 1]: A micro-batches are accumulated
+inside the step.
+
+Axis key: A micro-batch, B batch, T position, V vocabulary, L sublayer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mhcjax import diagnostics, gpt, optim, sharding
+from mhcjax.config import Config, ModelConfig
+
+__all__ = [
+    "Program",
+    "State",
+    "check_mesh",
+    "cross_entropy",
+    "flops_per_token",
+    "peak_flops",
+    "program",
+]
+
+# Dense bf16 peak in FLOP/s, from the makers' data sheets; device_kind as JAX names it.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("updates", "batches", "skipped", "skipped_in_row", "params", "opt_state"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class State:
+    """All that training carries. `batches` counts the batches consumed and is the data position;
+    `updates` counts optimizer updates. They differ by the skipped, non-finite ones."""
+
+    updates: jax.Array
+    batches: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """The jitted functions of one config on one mesh, and where their arguments live."""
+
+    config: Config
+    mesh: Mesh
+    graphdef: Any
+    abstract_state: State
+    batch_sharding: NamedSharding
+    init: Callable[[jax.Array], State]
+    train_step: Any
+    eval_step: Any
+    probe: Any
+
+    @property
+    def abstract_batch(self) -> jax.ShapeDtypeStruct:
+        """Shape and sharding of one batch."""
+        data = self.config.data
+        shape = (data.micro_batches, data.batch, data.length + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+
+
+def cross_entropy(model: gpt.GPT, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-> (negative log-likelihood, logsumexp of the logits), each [B, T - 1], in at least float32.
+
+    Position t predicts token t + 1.
+
+    >>> graphdef, params = gpt.build(gpt.ModelConfig(layers=1, width=8, vocab=16),
+    ...                              key=jax.random.key(0))
+    >>> nll, _ = cross_entropy(nnx.merge(graphdef, params), jnp.zeros((1, 5), int))
+    >>> nll.shape
+    (1, 4)
+    """
+    h, _ = model.features(tokens_BT[:, :-1])
+    logits = model.padded_logits(h)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return logsumexp - target, logsumexp
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """One sentence where the config does not divide over the mesh.
+
+    >>> check_mesh(Config(), sharding.make_mesh(1, 1))
+    """
+    m, model, data = config.model, mesh.shape["model"], mesh.shape["data"]
+    sizes = {
+        "model.heads": m.heads,
+        "model.kv_heads": m.kv_heads or m.heads,
+        "model.hidden": gpt.abstract_params(m)["blocks"]["mlp"]["up"].shape[-1],
+    }
+    for name, size in sizes.items():
+        if size % model:
+            raise ValueError(f"{name} {size} does not divide by mesh.model {model}: change one")
+    if config.data.batch % data:
+        raise ValueError(
+            f"data.batch {config.data.batch} does not divide by mesh.data {data}: change one"
+        )
+    if config.data.length > m.context:
+        raise ValueError(
+            f"data.length {config.data.length} is beyond model.context {m.context}: raise it"
+        )
+
+
+def program(config: Config, mesh: Mesh | None = None) -> Program:
+    """The jitted functions of this config; nothing is compiled or allocated yet.
+
+    >>> from mhcjax.config import preset
+    >>> program(preset("nano")).abstract_batch.shape
+    (1, 16, 129)
+
+    Raises ValueError for a config that cannot be a model or does not fit the mesh.
+    """
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("model.dtype is float64 but JAX runs in 32 bit: set JAX_ENABLE_X64=1")
+    if mesh is None:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    graphdef = gpt.graph(config.model)
+    check_mesh(config, mesh)
+    spec, tx = gpt.connection_of(config.model), optim.optimizer(config.optim)
+
+    def init(key: jax.Array) -> State:
+        params = gpt.build(config.model, key=key)[1]
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, zero, zero, zero, params, tx.init(params))
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    place = partial(sharding.tree_shardings, axes=gpt.AXES, mesh=mesh)
+    states = place(abstract, shard_params=config.mesh.shard_params)
+    whole = sharding.replicated(mesh)
+    batches = NamedSharding(mesh, PartitionSpec(None, "data", None))
+    rows = NamedSharding(mesh, PartitionSpec("data", None))
+
+    def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nll, logsumexp = cross_entropy(nnx.merge(graphdef, params), tokens_BT)
+        ce = jnp.mean(nll)
+        if config.optim.z_loss:
+            return ce + config.optim.z_loss * jnp.mean(logsumexp**2), ce
+        return ce, ce
+
+    def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
+        micro = jax.value_and_grad(loss, has_aux=True)
+        if batch_ABT.shape[0] == 1:
+            (total, ce), gradients = micro(state.params, batch_ABT[0])
+        else:
+
+            def accumulate(carry: Any, tokens_BT: jax.Array) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, micro(state.params, tokens_BT)), None
+
+            shapes = jax.eval_shape(micro, state.params, batch_ABT[0])
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            sums, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
+            (total, ce), gradients = jax.tree.map(lambda a: a / batch_ABT.shape[0], sums)
+        gradients = optim.freeze_dead(gradients, spec, config.model)
+        norm = optax.global_norm(gradients)
+        # Tested before anything is touched: a non-finite update leaves weights and moments alone.
+        good = jnp.isfinite(total) & jnp.isfinite(norm)
+        scale = jnp.minimum(1.0, scalars.clip / jnp.maximum(norm, 1e-30))
+        clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        updates, opt_state = tx.update(clipped, state.opt_state, state.params)
+        share = optim.learning_rate(config.optim, state.updates, scalars.schedule_steps)
+        params = optim.apply(state.params, updates, scalars, share)
+        keep = partial(jax.tree.map, partial(jnp.where, good))
+        after = State(
+            updates=state.updates + good,
+            batches=state.batches + 1,
+            skipped=state.skipped + ~good,
+            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+        )
+        return after, {
+            "loss": total,
+            "ce": ce,
+            "learning_rate": share * scalars.rates["matrix"],
+            "grad_norm": norm,
+            "skipped": after.skipped,
+            "skipped_in_row": after.skipped_in_row,
+        }
+
+    def eval_step(params: Any, tokens_BT: jax.Array, bytes_V: jax.Array) -> dict:
+        """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
+        model = nnx.merge(graphdef, params)
+        h, _ = model.features(tokens_BT[:, :-1])
+        logits = model.padded_logits(h)
+        inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        copy = diagnostics.copy_rate(logits, inputs, targets)
+        return {
+            "nll": jnp.sum(jax.nn.logsumexp(logits, axis=-1) - target),
+            "tokens": jnp.asarray(targets.size, jnp.int32),
+            "bytes": jnp.sum(bytes_V[targets]),
+            "copy_rate": copy.rate,
+            "repeat_rate": copy.repeats,
+        }
+
+    def probe(params: Any, tokens_BT: jax.Array) -> dict:
+        """Per sublayer: cosines, effective streams, entropy, largest |gradient| of each leaf."""
+        records, last = nnx.merge(graphdef, params).trace(tokens_BT[:, :-1])
+        gradients = jax.grad(lambda p: loss(p, tokens_BT)[0])(params)
+        return {
+            "cosine_operand": jnp.stack([diagnostics.stream_cosine(r.operand) for r in records]),
+            "cosine_streams": jnp.stack(
+                [diagnostics.stream_cosine(r.x) for r in records[1:]]
+                + [diagnostics.stream_cosine(last)]
+            ),
+            "effective_streams": jnp.stack(
+                [diagnostics.effective_streams(r.operand) for r in records]
+            ),
+            "entropy": jnp.stack([diagnostics.entropy(r.mix.res) for r in records]),
+            "gradients": {
+                f"{layer}.{leaf}": jnp.max(jnp.abs(g))
+                for layer, _, leaf, g in gpt.sublayer_leaves(gradients, config.model)
+            },
+        }
+
+    return Program(
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        abstract_state=jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, states
+        ),
+        batch_sharding=batches,
+        init=jax.jit(init, out_shardings=states),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(states, batches, whole),
+            out_shardings=(states, whole),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            eval_step, in_shardings=(states.params, rows, whole), out_shardings=whole
+        ),
+        probe=jax.jit(probe, in_shardings=(states.params, rows), out_shardings=whole),
+    )
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """`6 P + 6 L T D` of one training token: P without the embedding lookup, attention causal.
+
+    >>> flops_per_token(ModelConfig(), 128) > 6e6
+    True
+    """
+    params = gpt.abstract_params(config)
+    lookup = 0 if config.tied else params["embedding"].size
+    return 6.0 * (gpt.count(params) - lookup) + 6.0 * config.layers * length * config.width
+
+
+def peak_flops(device: jax.Device | None = None) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s, None where it is not known.
+
+    >>> peak_flops(jax.devices("cpu")[0]) is None
+    True
+    """
+    return PEAK_FLOPS.get((device or jax.devices()[0]).device_kind)
