@@ -91,8 +91,9 @@ def keep_mask(logits: jax.Array, settings: Settings) -> jax.Array:
 def choose(logits_BV: jax.Array, settings: Settings, keys_B: jax.Array) -> jax.Array:
     """The next token of every row, one key a row; -> int32[B].
 
-    >>> choose(jnp.array([[0.0, 9.0]]), Settings(temperature=0), jax.random.split(jax.random.key(0), 1))
-    Array([1], dtype=int32)
+    >>> keys = jax.random.split(jax.random.key(0), 1)
+    >>> choose(jnp.array([[0.0, 9.0]]), Settings(temperature=0), keys).tolist()
+    [1]
     """
     scaled = logits_BV / jnp.maximum(settings.temperature, 1e-6)
     filtered = jnp.where(keep_mask(scaled, settings), scaled, -jnp.inf)
@@ -109,7 +110,7 @@ def prefill(
     lengths_B: jax.Array,
     cache: gpt.Cache,
 ) -> tuple[jax.Array, gpt.Cache]:
-    """Read right-padded prompts into the cache; -> (logits after each row's last token[B, V], cache).
+    """Read right-padded prompts; -> (logits after each row's last token[B, V], cache).
 
     Padding writes to positions that decoding overwrites before it can attend to them.
     """
@@ -144,7 +145,7 @@ def generate(
     prompts: Sequence[str],
     *,
     tokens: int = 128,
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
@@ -157,7 +158,7 @@ def generate(
 
     Raises ValueError where a prompt does not fit into the context or a setting is out of range.
     """
-    settings.check()
+    settings = (settings or Settings()).check()
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}: give at least 0")
     if any(not s for s in stop):
