@@ -443,5 +443,6 @@ def sublayer_leaves(tree: Any, config: ModelConfig) -> Iterator[tuple[int, str, 
     """
     for block in range(config.layers):
         for offset, name in enumerate(SUBLAYERS):
-            for leaf, stacked in sorted(tree["blocks"][f"{name}_connection"].items()):
+            # A connection without parameters has no place in the tree.
+            for leaf, stacked in sorted(tree["blocks"].get(f"{name}_connection", {}).items()):
                 yield 2 * block + offset, name, leaf, stacked[block]

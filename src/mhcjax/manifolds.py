@@ -101,7 +101,9 @@ class Permutations:
         return np.arange(self.num_logits(streams)) == 0
 
     def marginal_bound(self, logits: jax.Array, streams: int) -> Marginals:
-        return Marginals(1e-6, 1e-6)
+        # The rounding of a float32 sum of J terms; above 1e-6 from 5 streams on.
+        bound = max(1e-6, self.num_logits(streams) * 2.0**-24)
+        return Marginals(bound, bound)
 
 
 def _permutation_matrices(streams: int) -> np.ndarray:

@@ -181,6 +181,8 @@ def freeze_dead(gradients: Any, spec: Connection, config: ModelConfig) -> Any:
     dead = dead_leaves(spec, 2 * config.layers)
     blocks = dict(gradients["blocks"])
     for offset, name in enumerate(SUBLAYERS):
+        if f"{name}_connection" not in blocks:  # a connection without parameters
+            continue
         group = dict(blocks[f"{name}_connection"])
         for leaf, stacked in group.items():
             alive = [(2 * b + offset, leaf) not in dead for b in range(config.layers)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +24,36 @@ from mhcjax import diagnostics, gpt, optim, sharding
 from mhcjax.config import Config, ModelConfig
 
 __all__ = [
+    "DEVICES",
+    "Device",
     "Program",
     "State",
     "check_mesh",
     "cross_entropy",
+    "device_of",
     "flops_per_token",
-    "peak_flops",
     "program",
 ]
 
-# Dense bf16 peak in FLOP/s, from the makers' data sheets; device_kind as JAX names it.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+
+class Device(NamedTuple):
+    """What the maker states: dense bf16 peak in FLOP/s, memory in bytes."""
+
+    peak_flops: float
+    memory: float
+
+
+# From the makers' data sheets; the kind as JAX names it.
+DEVICES = {
+    "NVIDIA H200": Device(989e12, 141e9),
+    "NVIDIA H100 80GB HBM3": Device(989e12, 80e9),
+    "NVIDIA H100 PCIe": Device(756e12, 80e9),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, 80e9),
+    "NVIDIA A100-SXM4-40GB": Device(312e12, 40e9),
+    "TPU v4": Device(275e12, 32e9),
+    "TPU v5 lite": Device(197e12, 16e9),
+    "TPU v5p": Device(459e12, 95e9),
+    "TPU v6 lite": Device(918e12, 32e9),
 }
 
 
@@ -179,7 +189,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             sums, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
             (total, ce), gradients = jax.tree.map(lambda a: a / batch_ABT.shape[0], sums)
         gradients = optim.freeze_dead(gradients, spec, config.model)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         # Tested before anything is touched: a non-finite update leaves weights and moments alone.
         good = jnp.isfinite(total) & jnp.isfinite(norm)
         scale = jnp.minimum(1.0, scalars.clip / jnp.maximum(norm, 1e-30))
@@ -274,10 +284,24 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6.0 * (gpt.count(params) - lookup) + 6.0 * config.layers * length * config.width
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, None where it is not known.
+def device_of(kind: str) -> Device | None:
+    """The stated figures of a device kind, by JAX's name or a part of it; None for a CPU.
 
-    >>> peak_flops(jax.devices("cpu")[0]) is None
+    >>> device_of("h200").memory
+    141000000000.0
+    >>> device_of("cpu") is None
     True
+
+    Raises ValueError for a name that fits none or several, with the known ones.
     """
-    return PEAK_FLOPS.get((device or jax.devices()[0]).device_kind)
+    if kind in DEVICES:
+        return DEVICES[kind]
+    if kind.lower() == "cpu":
+        return None
+    found = [name for name in DEVICES if kind.lower() in name.lower()]
+    if len(found) != 1:
+        raise ValueError(
+            f"device kind {kind!r} fits {len(found)} known kinds: name one of cpu, "
+            + ", ".join(DEVICES)
+        )
+    return DEVICES[found[0]]
