@@ -5,6 +5,7 @@
     diagnostics    marginals, gains, cosines            testing      conformance suite for manifolds
     config         dataclasses, overrides, JSON         sharding     the mesh, axes -> specs
     gpt            the NNX model                        sample       prefill, decode, generate
+    corpora        documents and their split            tokenizer    byte and BPE, text <-> ids
     tokens, data   text -> shards -> batches            optim        optimizer, schedule, groups
     train, loop    the step; fit(config, folder)        checkpoint   save, restore, strict
     runlog, plots  a run's folder and pictures          audit        diagnose, inspect, info

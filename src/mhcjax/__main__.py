@@ -99,9 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="compile, print the plan, train nothing")
     _add_config(p)
 
-    p = verb("sample", "continue prompts", "mhcjax sample runs/first --prompt 'def ' --tokens 200")
+    p = verb(
+        "sample",
+        "continue prompts",
+        "mhcjax sample runs/first --prompt 'class Reader' --tokens 200",
+    )
     _add_path(p)
-    p.add_argument("--prompt", action="append", help="text to go on from; may be repeated ['def ']")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        help="text to go on from; may be repeated ['def __init__(self']",
+    )
     p.add_argument("--tokens", type=int, default=96, help="most tokens to add [96]")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
     p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 is off [0]")
@@ -200,7 +208,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     loaded = _load(args.path)
     settings = sample.Settings(args.temperature, args.top_k, args.top_p, args.min_p)
-    prompts = args.prompt or ["def "]
+    prompts = args.prompt or ["def __init__(self"]
     single = len(prompts) == 1 and not args.json
 
     def stream(row: int, piece: str) -> None:

@@ -318,7 +318,9 @@ def diagnose(
         )
     )
 
-    rate, repeats = map(float, diagnostics.copy_rate(logits, inputs, tokens_BT[:, 1:]))
+    rate, repeats = map(
+        float, diagnostics.copy_rate(jnp.argmax(logits, axis=-1), inputs, tokens_BT[:, 1:])
+    )
     checks.append(
         _check(
             "copy rate",

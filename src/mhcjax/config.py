@@ -67,6 +67,9 @@ class ModelConfig:
     )
     walk: Literal["loop", "scan"] = _option("loop", "how the stacked blocks are walked")
     remat: bool = _option(False, "recompute each block in the backward pass")
+    loss: Literal["chunked", "plain"] = _option(
+        "chunked", "gradients of the head in the forward pass, or autodiff"
+    )
     connection: ConnectionConfig = _option(ConnectionConfig(), "the residual connection")
 
 

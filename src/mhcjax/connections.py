@@ -251,11 +251,9 @@ def mix(
         jnp.float32, jnp.result_type(x.dtype, *(p.dtype for p in params.values()))
     )
     if isinstance(spec.coefficients, Fixed):
-        # Ones are exact in any dtype. With wider ones at N=1, XLA would leave out the rounding of
-        # the sublayer's bfloat16 output, and the baseline would not be the residual bit for bit.
-        dtype = x.dtype if spec.streams == 1 else dtype
-        ones = jnp.ones(spec.streams, dtype)
-        return Mix(ones, ones, jnp.eye(spec.streams, dtype=dtype))
+        # Wider ones at N=1 would let XLA leave a bfloat16 y unrounded: not the residual to the bit.
+        ones = jnp.ones(spec.streams, x.dtype if spec.streams == 1 else dtype)
+        return Mix(ones, ones, jnp.eye(spec.streams, dtype=ones.dtype))
     wanted = {name: p.shape for name, p in init(spec, width=x.shape[-1]).items()}
     found = {name: p.shape for name, p in params.items()}
     if wanted != found:

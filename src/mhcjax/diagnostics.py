@@ -94,7 +94,8 @@ def entropy(res: jax.Array) -> jax.Array:
     0.0
     """
     weights = jnp.abs(res.astype(jnp.promote_types(jnp.float32, res.dtype)))
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    # A row of zeros, which an unconstrained res may have, counts as entropy 0.
+    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _tiny(weights))
     return jnp.mean(jnp.sum(jax.scipy.special.entr(weights), axis=-1))
 
 
@@ -108,10 +109,17 @@ def identity_distance(res: jax.Array) -> jax.Array:
     return jnp.mean(jnp.linalg.norm(wide - jnp.eye(res.shape[-1], dtype=wide.dtype), axis=(-2, -1)))
 
 
-def _gram(x: jax.Array) -> jax.Array:
+def _tiny(x: jax.Array) -> float:
+    """Smallest normal number: a divisor where a sum is zero."""
+    return float(jnp.finfo(x.dtype).tiny)
+
+
+def _gram(x: jax.Array, scale_over: tuple[int, ...]) -> jax.Array:
+    """x x^T over the width, the largest entry over those axes scaled to 1, so that neither the
+    squares of large streams overflow nor those of small ones vanish."""
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    # Scaled by the largest entry, so that bf16 and float32 extremes neither overflow nor vanish.
-    wide = wide / jnp.maximum(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True), 1e-30)
+    largest = jnp.max(jnp.abs(wide), axis=scale_over, keepdims=True)
+    wide = wide / jnp.maximum(largest, _tiny(wide))
     return jnp.einsum("...nd,...md->...nm", wide, wide, precision="highest")
 
 
@@ -126,9 +134,9 @@ def stream_cosine(x: jax.Array) -> jax.Array:
     streams = x.shape[-2]
     if streams == 1:
         return jnp.ones((), jnp.promote_types(jnp.float32, x.dtype))
-    gram = _gram(x)
+    gram = _gram(x, (-1,))
     norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    cosine = gram / jnp.maximum(norms[..., :, None] * norms[..., None, :], 1e-30)
+    cosine = gram / jnp.maximum(norms[..., :, None] * norms[..., None, :], _tiny(gram))
     off = jnp.sum(cosine, axis=(-2, -1)) - jnp.trace(cosine, axis1=-2, axis2=-1)
     return jnp.mean(off) / (streams * (streams - 1))
 
@@ -140,21 +148,20 @@ def effective_streams(x: jax.Array) -> jax.Array:
     >>> float(effective_streams(jnp.eye(2)))
     2.0
     """
-    gram = _gram(x)
+    gram = _gram(x, (-2, -1))
     trace = jnp.trace(gram, axis1=-2, axis2=-1)
-    return jnp.mean(trace**2 / jnp.maximum(jnp.sum(gram**2, axis=(-2, -1)), 1e-30))
+    return jnp.mean(trace**2 / jnp.maximum(jnp.sum(gram**2, axis=(-2, -1)), _tiny(gram)))
 
 
-def copy_rate(logits: jax.Array, inputs: jax.Array, targets: jax.Array) -> CopyRate:
-    """How often the argmax of logits[..., T, V] is the input token, where the target is not.
+def copy_rate(predicted: jax.Array, inputs: jax.Array, targets: jax.Array) -> CopyRate:
+    """How often the predicted token (the argmax) is the input token, where the target is not.
 
-    >>> logits = jax.nn.one_hot(jnp.array([3, 1, 1]), 4)
-    >>> rate, repeats = copy_rate(logits, jnp.array([3, 1, 2]), jnp.array([1, 1, 0]))
+    >>> rate, repeats = copy_rate(jnp.array([3, 1, 1]), jnp.array([3, 1, 2]), jnp.array([1, 1, 0]))
     >>> float(rate)
     0.5
     """
     differs = targets != inputs
-    copied = (jnp.argmax(logits, axis=-1) == inputs) & differs
+    copied = (predicted == inputs) & differs
     return CopyRate(
         jnp.sum(copied) / jnp.maximum(jnp.sum(differs), 1),
         1 - jnp.mean(differs.astype(jnp.float32)),
@@ -167,7 +174,8 @@ def dead_leaves(spec: Connection, layers: int) -> frozenset[tuple[int, str]]:
     - the last res, where the exit is mean or sum and its columns sum to 1: the exit cancels it;
     - the first res, where the entry repeats, the rule is mix_first and its rows sum to 1;
     - the first pre, where the entry repeats: the norm after read cancels its scale;
-    - at N=1 every pre (the norm) and every res of one logit (a softmax of one).
+    - at N=1 every pre (the norm), every res whose rows sum to 1 (it is 1), and under add_first any
+      last res (the final norm cancels its scale).
 
     They are frozen by the optimizer and exempt from every check of life.
 
@@ -188,6 +196,8 @@ def dead_leaves(spec: Connection, layers: int) -> frozenset[tuple[int, str]]:
         dead |= {(l, "pre_logits") for l in range(layers) if "pre_logits" in names}
         if bound.rows is not None:
             dead |= {(l, name) for l in range(layers) for name in res}
+        if spec.rule == "add_first":
+            dead |= {(layers - 1, name) for name in res}
     return frozenset(dead)
 
 

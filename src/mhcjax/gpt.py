@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhcjax import connections, presets
+from mhcjax import connections, head, presets
 from mhcjax.config import ModelConfig
 
 __all__ = [
@@ -280,8 +280,7 @@ class GPT(nnx.Module):
             run = jax.checkpoint(run)
         x = self._enter(tokens_BT)
         if self.config.walk == "loop":
-            for layer in range(self.config.layers):
-                params = jax.tree.map(lambda a, l=layer: a[l], stacked)
+            for layer, params in enumerate(_unstack(stacked, self.config.layers)):
                 x, cache = run(params, layer, x, cache)
         else:
 
@@ -296,20 +295,18 @@ class GPT(nnx.Module):
         params = {name: p[...] for name, p in self.exit.items()}
         return rms_norm(connections.collapse(x, self.spec.exit, params))
 
-    def padded_logits(self, h_BTD: jax.Array) -> jax.Array:
-        """Logits in at least float32 over the padded vocabulary; padding is at -1e9."""
-        w_DV = self.embedding[...].T if self.config.tied else self.head[...]
-        wide = jnp.promote_types(jnp.float32, h_BTD.dtype)
-        logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=wide)
-        if self.config.soft_cap is not None:
-            logits = self.config.soft_cap * jnp.tanh(logits / self.config.soft_cap)
-        if logits.shape[-1] == self.config.vocab:
-            return logits
-        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab, logits, -1e9)
+    @property
+    def head_spec(self) -> head.Head:
+        """What the head is besides its weight."""
+        return head.Head(self.config.vocab, self.config.soft_cap)
+
+    def head_weight(self) -> jax.Array:
+        """[D, V]; the embedding, transposed, where it is tied."""
+        return self.embedding[...].T if self.config.tied else self.head[...]
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
-        """Logits over the vocabulary, [B, T, V]."""
-        return self.padded_logits(h_BTD)[..., : self.config.vocab]
+        """Logits over the vocabulary, [B, T, V], in at least float32."""
+        return head.logits(h_BTD, self.head_weight(), self.head_spec)[..., : self.config.vocab]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Training forward: tokens[B, T] -> logits[B, T, V]."""
@@ -320,8 +317,8 @@ class GPT(nnx.Module):
         positions = _positions(tokens_BT)
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
         x, records = self._enter(tokens_BT), []
-        for layer in range(self.config.layers):
-            block = nnx.merge(graphdef, jax.tree.map(lambda a, l=layer: a[l], stacked))
+        for layer, own in enumerate(_unstack(stacked, self.config.layers)):
+            block = nnx.merge(graphdef, own)
             for _, params, f in block.sublayers(positions, None, layer):
                 m = connections.mix(self.spec, params, x)
                 after, y = connections.connect(
@@ -331,6 +328,14 @@ class GPT(nnx.Module):
                 records.append(Sublayer(x, mixed, m, y))
                 x = after
         return records, x
+
+
+def _unstack(stacked: Any, layers: int) -> list[Any]:
+    """The parameters of each block. The transpose of unstack is one stack; that of indexing would
+    be a padded array per block, summed."""
+    leaves, treedef = jax.tree.flatten(stacked)
+    parts = [jnp.unstack(leaf) for leaf in leaves]
+    return [jax.tree.unflatten(treedef, [part[l] for part in parts]) for l in range(layers)]
 
 
 def _twice(f: Callable, u: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,8 +51,8 @@ MUTABLE = (
     "model.walk",
     "model.remat",
 )
-PROMPTS = ("def ", "import ", "class ")  # of the samples written during training
-SAMPLE_TOKENS = 48
+PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
+SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from mhcjax.connections import Mix
 
 __all__ = ["loss_figure", "mixing_figure"]
 
-_INK = {"train": "#8da0b3", "val": "#b3261e", "attention": "#1f5fa8", "mlp": "#c7741b"}
+_INK = {"train": "#8da0b3", "val": "#b3261e"}
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     # The object interface: no global state, no window, works in a notebook and on a server.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
@@ -33,7 +33,7 @@ def loss_figure(runs: dict[str, list[dict]]) -> Any:
     >>> loss_figure({"a": [{"kind": "train", "step": 1, "ce": 8.3}]})  # doctest: +ELLIPSIS
     <Figure ...>
     """
-    figure, (left, right) = _figure(2, 10, 3.6)
+    figure, (left, right) = _figure(1, 2, 10, 3.6)
     single = len(runs) == 1
     for name, rows in runs.items():
         train = [r for r in rows if r["kind"] == "train" and r["ce"] is not None]
@@ -74,7 +74,7 @@ def mixing_figure(mixes: list[Mix], cosines: list[float], history: list[dict] | 
     >>> mixing_figure([one] * 4, [0.5] * 4)  # doctest: +ELLIPSIS
     <Figure ...>
     """
-    figure, (ax_pre, ax_post, ax_res, ax_cos) = _figure(4, 14, 3.6)
+    figure, (ax_pre, ax_post, ax_res, ax_cos) = _figure(2, 2, 10, 6.4)
     depth = np.arange(len(mixes))
     streams = np.asarray(mixes[0].pre).shape[-1]
 
@@ -82,18 +82,20 @@ def mixing_figure(mixes: list[Mix], cosines: list[float], history: list[dict] | 
         wide = np.asarray(array, np.float64)
         return wide.reshape(-1, *wide.shape[wide.ndim - rank :]).mean(0)
 
-    for ax, name in ((ax_pre, "pre"), (ax_post, "post")):
-        values = np.stack([mean(getattr(m, name), 1) for m in mixes])
-        for n in range(streams):
-            ax.plot(depth, values[:, n], ".-", label=f"stream {n}")
-        ax.set(title=name, xlabel="sublayer (even: attention, odd: MLP)", ylim=(0, None))
-    ax_pre.legend(frameon=False, fontsize="small")
     diagonal = np.stack([np.diagonal(mean(m.res, 2)) for m in mixes])
+    pre = np.stack([mean(m.pre, 1) for m in mixes])
+    post = np.stack([mean(m.post, 1) for m in mixes])
     for n in range(streams):
-        ax_res.plot(depth, diagonal[:, n], ".-", label=f"stream {n}")
+        ax_pre.plot(depth, pre[:, n], ".-", label=f"stream {n}")
+        ax_post.plot(depth, post[:, n], ".-")
+        # Wide to narrow, so that equal lines stay visible.
+        ax_res.plot(depth, diagonal[:, n], ".-", lw=1 + 2 * (streams - 1 - n))
+    ax_pre.set(title="pre: what each sublayer reads", ylim=(0, None))
+    ax_pre.legend(frameon=False, fontsize="small")
+    ax_post.set(title="post: where it writes", ylim=(0, None))
     ax_res.axhline(1 / streams, color="gray", ls=":", lw=1)
-    ax_res.annotate("full mixing", (0, 1 / streams), fontsize=8, color="gray", va="bottom")
-    ax_res.set(title="diagonal of res (1 keeps, dotted mixes fully)", xlabel="sublayer")
+    ax_res.annotate("1 / N: full mixing", (0, 1 / streams), fontsize=8, color="gray", va="bottom")
+    ax_res.set(title="diagonal of res: how much each stream keeps")
     ax_res.set_ylim(min(0.0, float(diagonal.min())), 1.05)
     rows = [r for r in history or [] if r.get("cosine_operand")]
     for i, row in enumerate(rows[:-1]):
@@ -101,12 +103,15 @@ def mixing_figure(mixes: list[Mix], cosines: list[float], history: list[dict] | 
             depth,
             row["cosine_operand"],
             color="gray",
-            alpha=0.2 + 0.5 * i / len(rows),
+            alpha=0.25 + 0.6 * i / len(rows),
             lw=1,
-            label=f"update {row['step']}",
+            label=f"update {row['step']}" if i in (0, len(rows) - 2) else None,
         )
-    ax_cos.plot(depth, cosines, ".-", color=_INK["val"], label="now")
+    now = f"update {rows[-1]['step']}" if rows else "now"
+    ax_cos.plot(depth, cosines, ".-", color=_INK["val"], label=now)
     ax_cos.axhline(1.0, color="gray", ls=":", lw=1)
-    ax_cos.set(title="cosine of what res mixes (1 is dead)", xlabel="sublayer")
+    ax_cos.set(title="cosine between the streams that res mixes (1 is dead)")
     ax_cos.legend(frameon=False, fontsize="small")
+    for ax in (ax_res, ax_cos):
+        ax.set_xlabel("sublayer (even: attention, odd: MLP)")
     return figure

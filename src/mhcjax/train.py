@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mhcjax import diagnostics, gpt, optim, sharding
+from mhcjax import diagnostics, gpt, head, optim, sharding
 from mhcjax.config import Config, ModelConfig
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
     "Program",
     "State",
     "check_mesh",
-    "cross_entropy",
     "device_of",
     "flops_per_token",
+    "losses",
     "program",
 ]
 
@@ -97,22 +97,26 @@ class Program:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
 
 
-def cross_entropy(model: gpt.GPT, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-> (negative log-likelihood, logsumexp of the logits), each [B, T - 1], in at least float32.
+def losses(
+    model: gpt.GPT, tokens_BT: jax.Array, *, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """-> (what is minimised, mean cross-entropy); position t predicts token t + 1.
 
-    Position t predicts token t + 1.
+    `mean nll + z_loss * mean logsumexp^2` (z-loss: PaLM, arXiv 2204.02311, section 5).
 
-    >>> graphdef, params = gpt.build(gpt.ModelConfig(layers=1, width=8, vocab=16),
-    ...                              key=jax.random.key(0))
-    >>> nll, _ = cross_entropy(nnx.merge(graphdef, params), jnp.zeros((1, 5), int))
-    >>> nll.shape
-    (1, 4)
+    >>> config = ModelConfig(layers=1, width=8, vocab=16)
+    >>> graphdef, params = gpt.build(config, key=jax.random.key(0))
+    >>> total, ce = losses(nnx.merge(graphdef, params), jnp.zeros((1, 5), int))
+    >>> bool(total == ce)
+    True
     """
     h, _ = model.features(tokens_BT[:, :-1])
-    logits = model.padded_logits(h)
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return logsumexp - target, logsumexp
+    weight, targets = model.head_weight(), tokens_BT[:, 1:]
+    if model.config.loss == "chunked":
+        total, ce = head.loss(h, weight, targets, model.head_spec, z_loss)
+        return total, jax.lax.stop_gradient(ce)
+    nll, logsumexp = head.cross_entropy(h, weight, targets, model.head_spec)
+    return jnp.mean(nll) + z_loss * jnp.mean(logsumexp**2), jnp.mean(nll)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -169,11 +173,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     rows = NamedSharding(mesh, PartitionSpec("data", None))
 
     def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nll, logsumexp = cross_entropy(nnx.merge(graphdef, params), tokens_BT)
-        ce = jnp.mean(nll)
-        if config.optim.z_loss:
-            return ce + config.optim.z_loss * jnp.mean(logsumexp**2), ce
-        return ce, ce
+        return losses(nnx.merge(graphdef, params), tokens_BT, z_loss=config.optim.z_loss)
 
     def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
         micro = jax.value_and_grad(loss, has_aux=True)
@@ -219,12 +219,11 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
         model = nnx.merge(graphdef, params)
         h, _ = model.features(tokens_BT[:, :-1])
-        logits = model.padded_logits(h)
         inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        copy = diagnostics.copy_rate(logits, inputs, targets)
+        nll, predicted = head.predict(h, model.head_weight(), targets, model.head_spec)
+        copy = diagnostics.copy_rate(predicted, inputs, targets)
         return {
-            "nll": jnp.sum(jax.nn.logsumexp(logits, axis=-1) - target),
+            "nll": jnp.sum(nll),
             "tokens": jnp.asarray(targets.size, jnp.int32),
             "bytes": jnp.sum(bytes_V[targets]),
             "copy_rate": copy.rate,

@@ -1,0 +1,180 @@
+"""The head and its loss: logits over a padded vocabulary, cross-entropy without keeping them.
+
+Axis key: B batch, T position, D width, V vocabulary as stored, C chunk of positions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Head", "chunks_of", "cross_entropy", "logits", "loss", "predict"]
+
+# Logits of one chunk, as elements: large enough for the matmuls, small enough to live and die.
+CHUNK_ELEMENTS = 1 << 29
+
+
+class Head(NamedTuple):
+    """What the head is besides its weight: tokens of the vocabulary, soft cap (None: off)."""
+
+    vocab: int
+    soft_cap: float | None = None
+
+
+def logits(h: jax.Array, w_DV: jax.Array, head: Head) -> jax.Array:
+    """`cap * tanh(h @ w / cap)` in at least float32, [..., V]; storage padding at -1e9.
+
+    >>> logits(jnp.ones((1, 2)), jnp.ones((2, 4)), Head(vocab=3)).tolist()
+    [[2.0, 2.0, 2.0, -1000000000.0]]
+    """
+    wide = jnp.promote_types(jnp.float32, h.dtype)
+    return _finish(jnp.matmul(h, w_DV.astype(h.dtype), preferred_element_type=wide), head)
+
+
+def _finish(raw: jax.Array, head: Head) -> jax.Array:
+    if head.soft_cap is not None:
+        raw = head.soft_cap * jnp.tanh(raw / head.soft_cap)
+    if raw.shape[-1] == head.vocab:
+        return raw
+    return jnp.where(jnp.arange(raw.shape[-1]) < head.vocab, raw, -1e9)
+
+
+def cross_entropy(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, head: Head
+) -> tuple[jax.Array, jax.Array]:
+    """-> (negative log-likelihood, logsumexp), [B, T]: the plain form, differentiable every way.
+
+    >>> h, w = jnp.zeros((1, 3, 2)), jnp.ones((2, 4))
+    >>> nll, _ = cross_entropy(h, w, jnp.zeros((1, 3), int), Head(4))
+    >>> bool(jnp.allclose(nll, jnp.log(4)))
+    True
+    """
+    z = logits(h_BTD, w_DV, head)
+    logsumexp = jax.nn.logsumexp(z, axis=-1)
+    return logsumexp - jnp.take_along_axis(z, targets_BT[..., None], axis=-1)[..., 0], logsumexp
+
+
+def chunks_of(h_BTD: jax.Array, w_DV: jax.Array) -> int:
+    """Into how many chunks of positions the loss is cut: the fewest that keep one's logits small.
+
+    >>> chunks_of(jnp.zeros((2, 8, 4)), jnp.zeros((4, 16)))
+    1
+    """
+    B, T, _ = h_BTD.shape
+    wanted = -(-B * T * w_DV.shape[1] // CHUNK_ELEMENTS)
+    return next(c for c in range(max(1, min(wanted, T)), T + 1) if T % c == 0)
+
+
+def _split(a: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...]: the batch stays where its mesh has put it."""
+    B, T, *rest = a.shape
+    return jnp.moveaxis(a.reshape(B, chunks, T // chunks, *rest), 1, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def loss(
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    head: Head,
+    z_loss: float = 0.0,
+    chunks: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> (mean nll + z_loss * mean logsumexp^2, mean nll); gradients flow from the first alone.
+
+    Both gradients of the head are made in the forward pass, chunk by chunk over positions: no
+    logits are kept, every matmul runs in the dtype of `h`, dW is accumulated in float32. Plain
+    autodiff would hold float32 cotangents of the logits and run the backward matmuls with them.
+
+    >>> h, w = jnp.zeros((1, 3, 2)), jnp.ones((2, 4))
+    >>> float(loss(h, w, jnp.zeros((1, 3), int), Head(4))[1]) == float(jnp.log(4.0))
+    True
+    """
+    chunks = chunks or chunks_of(h_BTD, w_DV)
+
+    def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
+        h, targets = part
+        z = _finish(_matmul(h, w_DV.astype(h.dtype)), head)
+        logsumexp = jax.nn.logsumexp(z, axis=-1)
+        nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        return None, (jnp.mean(nll), jnp.mean(logsumexp**2))
+
+    _, (nll, square) = jax.lax.scan(one, None, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
+    return jnp.mean(nll) + z_loss * jnp.mean(square), jnp.mean(nll)
+
+
+def _matmul(h: jax.Array, w: jax.Array) -> jax.Array:
+    """Product in the dtype of `h`, then widened: bf16 logits halve what the passes move."""
+    return jnp.matmul(h, w).astype(jnp.promote_types(jnp.float32, h.dtype))
+
+
+def _loss_forward(
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    head: Head,
+    z_loss: float,
+    chunks: int | None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    chunks = chunks or chunks_of(h_BTD, w_DV)
+    w = w_DV.astype(h_BTD.dtype)
+    wide = jnp.promote_types(jnp.float32, h_BTD.dtype)
+
+    def one(dw: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
+        h, targets = part
+        z = _finish(_matmul(h, w), head)
+        logsumexp = jax.nn.logsumexp(z, axis=-1)
+        nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        share = jnp.exp(z - logsumexp[..., None])
+        hit = jnp.arange(z.shape[-1]) == targets[..., None]
+        dz = share * (1 + 2 * z_loss * logsumexp)[..., None] - hit
+        if head.soft_cap is not None:
+            dz = dz * (1 - (z / head.soft_cap) ** 2)
+        dz = dz.astype(h.dtype)
+        dh = jnp.einsum("bcv,dv->bcd", dz, w)
+        dw = dw + jnp.einsum("bcd,bcv->dv", h, dz, preferred_element_type=wide)
+        return dw, (jnp.mean(nll), jnp.mean(logsumexp**2), dh)
+
+    zero = jnp.zeros(w_DV.shape, wide)
+    dw, (nll, square, dh) = jax.lax.scan(
+        one, zero, (_split(h_BTD, chunks), _split(targets_BT, chunks))
+    )
+    dh = jnp.moveaxis(dh, 0, 1).reshape(h_BTD.shape)
+    ce = jnp.mean(nll)
+    # A typed scalar, for its dtype: dw goes back in the dtype of the stored weight.
+    return (ce + z_loss * jnp.mean(square), ce), (dh, dw, jnp.zeros((), w_DV.dtype))
+
+
+def _loss_backward(
+    head: Head, z_loss: float, chunks: int | None, saved: tuple, cotangents: tuple
+) -> tuple[jax.Array, jax.Array, None]:
+    dh, dw, like = saved
+    g = cotangents[0] / (dh.shape[0] * dh.shape[1])
+    return (dh * g).astype(dh.dtype), (dw * g).astype(like.dtype), None
+
+
+loss.defvjp(_loss_forward, _loss_backward)
+
+
+def predict(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, head: Head
+) -> tuple[jax.Array, jax.Array]:
+    """-> (negative log-likelihood, argmax), [B, T], chunk by chunk: no logits are kept.
+
+    >>> h, w = jnp.ones((1, 3, 2)), jnp.eye(2)
+    >>> predict(h, w, jnp.zeros((1, 3), int), Head(2))[1].tolist()
+    [[0, 0, 0]]
+    """
+    chunks = chunks_of(h_BTD, w_DV)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        z = logits(part[0], w_DV, head)
+        target = jnp.take_along_axis(z, part[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(z, axis=-1) - target, jnp.argmax(z, axis=-1)
+
+    nll, top = jax.lax.map(one, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
+    whole = [jnp.moveaxis(a, 0, 1).reshape(targets_BT.shape) for a in (nll, top)]
+    return whole[0], whole[1]
