@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from experiments import cells
-from mhcjax import gpt, loop, plots, runlog
+from mhcjax import gpt, plots, runlog, runs
 
 COLUMNS = {
     "first_ce": "first ce",
@@ -35,7 +35,7 @@ def measure(folder: Path) -> dict[str, float]:
     """What a finished run says, as plain numbers."""
     rows = runlog.read_rows(folder, "eval")
     first, last = rows[0], rows[-1]
-    loaded = loop.load(folder)
+    loaded = runs.load(folder)
     config = loaded.config
     _, start = gpt.build(config.model, key=jax.random.key(config.seed))
     before = {(l, n): a for l, _, n, a in gpt.sublayer_leaves(start, config.model)}

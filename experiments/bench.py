@@ -1,0 +1,285 @@
+"""Benchmarks of the product's own train step: speed, its spread, compile time, peak memory.
+
+python -m experiments.bench model                            # this machine's default table
+python -m experiments.bench model --shapes gpt2_124m --connections residual mhc_n2 --profile
+python -m experiments.bench model --set optim.name=muon --out muon.json
+
+Every row runs in a process of its own, so that the peak of memory is that row's and one that runs
+out of memory does not end the table. Figures are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhcjax import runlog
+from mhcjax.config import Config, override, preset
+
+# The table of shapes: a preset and what a benchmark changes in it. `cpu` ones take seconds.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cpu_tiny": ("nano", {"model.layers": 2, "model.width": 64, "data.batch": 8}),
+    "nano": ("nano", {"optim.name": "adamw"}),
+    "d20": ("d20", {"model.dtype": "bfloat16", "data.batch": 256, "optim.name": "adamw"}),
+    "gpt2_124m": ("gpt2_124m", {}),
+    "1.3b": (
+        "gpt2_124m",
+        {
+            "model.layers": 24,
+            "model.width": 2048,
+            "model.heads": 16,
+            "data.batch": 16,
+            "model.walk": "scan",
+            "model.remat": True,
+        },
+    ),
+}
+COLUMNS = {
+    "shape": "shape",
+    "connection": "connection",
+    "optimizer": "optimizer",
+    "parameters": "parameters",
+    "tokens_per_second": "tokens/s",
+    "mfu": "MFU",
+    "step_ms": "step ms",
+    "spread": "spread",
+    "overhead": "over residual",
+    "compile_s": "compile s",
+    "peak_gb": "peak GB",
+    "predicted_gb": "info GB",
+}
+
+
+def config_of(shape: str, connection: str, changes: dict[str, Any]) -> Config:
+    """The config of one row."""
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    name, own = SHAPES[shape]
+    start = "near_identity" if connection in ("mhc_n2", "mhc_n4") else None
+    named = {"model.connection.preset": connection, "model.connection.init": start}
+    return override(preset(name), {**own, **named, **changes, "name": shape})
+
+
+def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> dict[str, Any]:
+    """Time `windows` windows of `steps` steps; only a window's end waits for the device."""
+    import jax
+    import numpy as np
+
+    from mhcjax import audit, data, gpt, optim, train
+
+    program = train.program(config)
+    hyper = optim.hyper(config.optim, config.total_steps)
+    began = time.perf_counter()
+    step = program.train_step.lower(program.abstract_state, program.abstract_batch, hyper).compile()
+    compiled = time.perf_counter() - began
+    state = program.init(jax.random.key(config.seed))
+    # Uniform tokens: no time here depends on what they say.
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, 1 << 22).astype(np.uint16)
+    made = 0
+
+    def batch() -> jax.Array:
+        nonlocal made
+        made += 1
+        shape = config.data
+        rows = data.batch(
+            tokens,
+            seed=0,
+            step=made,
+            batch=shape.batch,
+            length=shape.length,
+            micro_batches=shape.micro_batches,
+        )
+        return jax.device_put(rows, program.batch_sharding)
+
+    def run(count: int, state: Any) -> Any:
+        ahead = batch()
+        for _ in range(count):
+            state, metrics = step(state, ahead, hyper)
+            ahead = batch()
+        jax.block_until_ready(metrics)
+        return state
+
+    state = run(3, state)
+    seconds = []
+    for _ in range(windows):
+        began = time.perf_counter()
+        state = run(steps, state)
+        seconds.append((time.perf_counter() - began) / steps)
+    stats = jax.devices()[0].memory_stats() or {}
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            state = run(3, state)
+    median = float(np.median(seconds))
+    per_step = config.data.batch * config.data.length * config.data.micro_batches
+    flops = train.flops_per_token(config.model, config.data.length)
+    peak = train.device_of(jax.devices()[0].device_kind)
+    peak_bytes = stats.get("peak_bytes_in_use")
+    return {
+        "model": audit.model_name(config),
+        "parameters": gpt.count(state.params),
+        "optimizer": config.optim.name,
+        "tokens_per_step": per_step,
+        "tokens_per_second": per_step / median,
+        "mfu": per_step / median * flops / peak.peak_flops if peak else None,
+        "step_ms": 1e3 * median,
+        "spread": (max(seconds) - min(seconds)) / median,
+        "compile_s": compiled,
+        "peak_gb": peak_bytes / 1e9 if peak_bytes else None,
+        "predicted_gb": audit.compiled_bytes(step) / 1e9,
+        "loss_finite": bool(np.isfinite(jax.device_get(state.params["embedding"]).sum())),
+        "config": dataclasses.asdict(config),
+        "versions": runlog.versions(),
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def kernels(trace: Path, steps: int = 3) -> list[tuple[str, float, int]]:
+    """(kernel, milliseconds a step, launches a step) of a GPU trace, longest first."""
+    import jax
+
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for file in trace.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    found[event.name][0] += event.duration_ns / 1e6 / steps
+                    found[event.name][1] += 1 / steps
+    rows = [(name, total, round(count)) for name, (total, count) in found.items()]
+    return sorted(rows, key=lambda r: -r[1])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of the rows; overhead is over the residual row of that shape and optimizer."""
+    base = {
+        (r["shape"], r["optimizer"]): r["step_ms"]
+        for r in rows
+        if r.get("connection") == "residual" and "step_ms" in r
+    }
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['shape']} | {row['connection']} | {row['error']} |")
+            continue
+        ground = base.get((row["shape"], row["optimizer"]))
+        shown = {**row, "overhead": row["step_ms"] / ground - 1 if ground else None}
+        lines.append("| " + " | ".join(_show(k, shown.get(k)) for k in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def _show(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if column in ("mfu", "spread", "overhead"):
+        return f"{value:.1%}"
+    if column in ("parameters", "tokens_per_second"):
+        return f"{value:,.0f}"
+    return f"{value:.2f}"
+
+
+def row_process(request: dict[str, Any]) -> dict[str, Any]:
+    """One row in a process of its own; what it says goes to standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "row.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.bench", "row", json.dumps(request), str(answer)],
+            stdout=sys.stderr,
+            check=False,
+        )
+        named = {"shape": request["shape"], "connection": request["connection"]}
+        if not answer.exists():
+            return {**named, "error": f"the row's process ended with {done.returncode}"}
+        return {**named, **json.loads(answer.read_text())}
+
+
+def model(args: argparse.Namespace) -> int:
+    """The table over shapes and connections."""
+    changes = dict(item.split("=", 1) for item in args.set)
+    requests = [
+        {
+            "shape": shape,
+            "connection": connection,
+            "changes": changes,
+            "windows": args.windows,
+            "steps": args.steps,
+            "profile": args.profile,
+        }
+        for shape in args.shapes
+        for connection in args.connections
+    ]
+    for r in requests:  # a wrong name is said before the first row runs
+        config_of(r["shape"], r["connection"], changes)
+    rows: list[dict[str, Any]] = []
+    for request in requests:
+        rows.append(row_process(request))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        runlog.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print("\n" + table(rows))
+    print(f"\nwritten: {args.out}")
+    return 1 if any("error" in r for r in rows) else 0
+
+
+def row(request: dict[str, Any], answer: Path) -> None:
+    """The child: measure one row and write it."""
+    config = config_of(request["shape"], request["connection"], request["changes"])
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) if request["profile"] else None
+        found = measure(config, windows=request["windows"], steps=request["steps"], trace=trace)
+        if trace is not None:
+            found["kernels"] = kernels(trace)
+            for name, ms, count in _head(found["kernels"], 45):
+                print(f"{ms:9.3f} ms {count:5d} x {name}", file=sys.stderr)
+    runlog.write_atomic(answer, json.dumps(found))
+
+
+def _head(items: Iterable[Any], count: int) -> list[Any]:
+    return [item for item, _ in zip(items, range(count), strict=False)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    m = verbs.add_parser("model", help="the train step over shapes and connections")
+    m.add_argument("--shapes", nargs="+", default=["cpu_tiny"], help=f"of {', '.join(SHAPES)}")
+    m.add_argument("--connections", nargs="+", default=["residual", "mhc_n2", "mhc_n4"])
+    m.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config overrides")
+    m.add_argument("--windows", type=int, default=5, help="timed windows [5]")
+    m.add_argument("--steps", type=int, default=5, help="steps in a window [5]")
+    m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
+    m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
+    one = verbs.add_parser("row", help="one row, for the process that `model` starts")
+    one.add_argument("request")
+    one.add_argument("answer", type=Path)
+    args = parser.parse_args()
+    try:
+        if args.verb == "model":
+            return model(args)
+        row(json.loads(args.request), args.answer)
+    except ValueError as error:
+        print(f"experiments.bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
