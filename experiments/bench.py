@@ -143,11 +143,13 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
     }
 
 
-def kernels(trace: Path, steps: int = 3) -> list[tuple[str, float, int]]:
-    """(kernel, milliseconds a step, launches a step) of a GPU trace, longest first."""
+def kernels(trace: Path, steps: int = 3) -> tuple[list[tuple[str, float, int]], float]:
+    """(kernel, milliseconds a step, launches a step) of a GPU trace, longest first; milliseconds
+    a step in which no kernel ran."""
     import jax
 
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spans: list[tuple[float, float]] = []
     for file in trace.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             if not plane.name.startswith("/device:GPU"):
@@ -158,8 +160,15 @@ def kernels(trace: Path, steps: int = 3) -> list[tuple[str, float, int]]:
                 for event in line.events:
                     found[event.name][0] += event.duration_ns / 1e6 / steps
                     found[event.name][1] += 1 / steps
+                    spans.append((event.start_ns, event.start_ns + event.duration_ns))
     rows = [(name, total, round(count)) for name, (total, count) in found.items()]
-    return sorted(rows, key=lambda r: -r[1])
+    idle, reached = 0.0, None
+    for start, end in sorted(spans):
+        # Longer pauses are those between the steps of the trace's start and end.
+        if reached is not None and 0 < start - reached < 2e6:
+            idle += (start - reached) / 1e6 / steps
+        reached = end if reached is None else max(reached, end)
+    return sorted(rows, key=lambda r: -r[1]), idle
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -242,7 +251,8 @@ def row(request: dict[str, Any], answer: Path) -> None:
         trace = Path(folder) if request["profile"] else None
         found = measure(config, windows=request["windows"], steps=request["steps"], trace=trace)
         if trace is not None:
-            found["kernels"] = kernels(trace)
+            found["kernels"], found["idle_ms"] = kernels(trace)
+            print(f"{found['idle_ms']:9.3f} ms idle", file=sys.stderr)
             for name, ms, count in _head(found["kernels"], 45):
                 print(f"{ms:9.3f} ms {count:5d} x {name}", file=sys.stderr)
     runlog.write_atomic(answer, json.dumps(found))
@@ -264,7 +274,7 @@ def main() -> int:
     m.add_argument("--connections", nargs="+", default=["residual", "mhc_n2", "mhc_n4"])
     m.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config overrides")
     m.add_argument("--windows", type=int, default=5, help="timed windows [5]")
-    m.add_argument("--steps", type=int, default=5, help="steps in a window [5]")
+    m.add_argument("--steps", type=int, default=10, help="steps in a window [10]")
     m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
     m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
     one = verbs.add_parser("row", help="one row, for the process that `model` starts")

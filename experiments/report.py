@@ -80,16 +80,21 @@ def write(experiment: cells.Experiment, seeds: Sequence[int], *, local: bool) ->
     """Measure, print the table, write JSON, Markdown and a picture under results/."""
     results: dict[str, list[dict[str, float]]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
+    missing = []
     for cell in experiment.cells:
         for seed in seeds:
             folder = experiment.folder(cell, seed, local=local)
             if cells.finished(folder, experiment.config(cell, seed, local=local)):
                 results.setdefault(cell.name, []).append(measure(folder))
                 curves.setdefault(cell.name, runlog.read_rows(folder))
+            else:
+                missing.append(folder.name)
     if not results:
         raise ValueError(f"{experiment.name} has no finished run: start experiments.run first")
     name = f"{experiment.name}-local" if local else experiment.name
     text = table(results)
+    if missing:
+        text += f"\nNot finished, so not in the table: {', '.join(missing)}.\n"
     print(f"\n{experiment.title} ({len(seeds)} seed{'s' * (len(seeds) > 1)})\n\n{text}")
     target = Path("runs") / name if local else cells.RESULTS
     target.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhcjax import connections, gpt, head, optim, presets, sample, train
+from mhcjax import connections, gpt, head, layers, optim, presets, sample, train
 from mhcjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from mhcjax.connections import Connection
 from mhcjax.sharding import make_mesh
@@ -465,9 +465,8 @@ def test_rope_sees_relative_positions_only(seed, a, b, shift):
 
     def product(a, b):
         with jax.enable_x64(True):
-            turned = gpt._rope(
-                jnp.asarray(np.stack([q, k]))[None, :, None], jnp.array([[a, b]]), 1e4
-            )
+            pair = jnp.asarray(np.stack([q, k]))[None, :, None]
+            turned = layers.rope(pair, jnp.array([[a, b]]), 1e4, False)
         assert turned.dtype == np.float64
         turned = np.asarray(turned)
         np.testing.assert_allclose(

@@ -29,6 +29,7 @@ ORDER = [
     "config",
     "sharding",
     "head",
+    "layers",
     "gpt",
     "corpora",
     "tokenizer",
@@ -42,6 +43,7 @@ ORDER = [
     "checkpoint",
     "formats",
     "runlog",
+    "runs",
     "loop",
     "__main__",
 ]

@@ -252,9 +252,7 @@ def test_context_and_length(scripted):
 
 
 def test_a_prompt_that_does_not_fit():
-    with pytest.raises(
-        ValueError, match=r"prompt 1 has 25 tokens .* holds 24: shorten"
-    ):
+    with pytest.raises(ValueError, match=r"prompt 1 has 25 tokens .* holds 24: shorten"):
         run(["a", "a" * 24])
     # Bytes count, not characters.
     with pytest.raises(ValueError, match="prompt 0 has 25 tokens"):

@@ -4,11 +4,13 @@
     connections    Connection, mix, read, write         presets      named points of the family
     diagnostics    marginals, gains, cosines            testing      conformance suite for manifolds
     config         dataclasses, overrides, JSON         sharding     the mesh, axes -> specs
+    layers, head   norm, rotary, attention; the loss    kernels      raw read and write
     gpt            the NNX model                        sample       prefill, decode, generate
     corpora        documents and their split            tokenizer    byte and BPE, text <-> ids
     tokens, data   text -> shards -> batches            optim        optimizer, schedule, groups
     train, loop    the step; fit(config, folder)        checkpoint   save, restore, strict
-    runlog, plots  a run's folder and pictures          audit        diagnose, inspect, info
+    runlog, runs   a run's folder: write it, open it    plots        the pictures of a run
+    audit          diagnose, inspect, info
 
 Axis key: B batch, T position, S cached position, D width, N source stream, M destination stream,
 E = N * D flattened, J mixing logits, H head, K head size, F hidden, V vocabulary, L layer,

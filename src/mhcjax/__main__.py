@@ -7,6 +7,7 @@ fix), 128 + signal when a signal stopped a run that was saved.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -23,7 +24,15 @@ __all__ = ["command", "main", "use_compilation_cache"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line of error, exit code 2."""
+    """One line of error, exit code 2; an unknown option is answered with the nearest one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            name = extra[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unknown argument {name}" + (f", did you mean {near[0]}" if near else ""))
+        return found, extra
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
@@ -159,7 +168,7 @@ def _version() -> str:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from mhcjax import audit, loop
+    from mhcjax import audit, loop, runs
 
     overrides = _overrides(args)
     folder = args.run
@@ -167,7 +176,7 @@ def _train(args: argparse.Namespace) -> int:
         config = override(preset(args.preset or "nano"), overrides)
         folder = Path("runs") / audit.model_name(config)
         print(f"run folder: {folder}")
-    config = loop.resolve(folder, overrides, preset_name=args.preset, resume=args.resume)
+    config = runs.resolve(folder, overrides, preset_name=args.preset, resume=args.resume)
     outcome = loop.fit(
         config, folder, resume=args.resume, dry_run=args.dry_run, say=_say, command=command()
     )
@@ -179,12 +188,12 @@ def _say(line: str) -> None:
 
 
 def _load(path: Path | None) -> Any:
-    from mhcjax import loop, runlog
+    from mhcjax import runlog, runs
 
     if path is None:
         path = runlog.newest_run()
         print(f"newest run: {path}", file=sys.stderr)
-    return loop.load(path)
+    return runs.load(path)
 
 
 def _text(loaded: Any, rows: int) -> Any:
@@ -378,7 +387,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         use_compilation_cache()
-        return VERBS[args.verb](args)
+        code = VERBS[args.verb](args)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return code
     except ValueError as error:
         if not _ours(error):
             raise
@@ -387,7 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        # The interpreter flushes once more on its way out, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mhcjax import kernels
 from mhcjax.manifolds import Manifold, manifold_of
 
 __all__ = [
@@ -287,12 +288,10 @@ def read(x: jax.Array, mix: Mix, *, implementation: str | None = None) -> jax.Ar
     """
     _choice("implementation", implementation, IMPLEMENTATIONS)
     _check_streams(x, mix)
+    if implementation != "reference":
+        return kernels.read(x, mix.pre)
     wide = x.astype(mix.pre.dtype)
-    if implementation == "reference":
-        u = jnp.einsum("...n,...nd->...d", mix.pre, wide, precision="highest")
-    else:
-        u = _sum_streams(mix.pre, wide)
-    return u.astype(x.dtype)
+    return jnp.einsum("...n,...nd->...d", mix.pre, wide, precision="highest").astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames=("rule", "implementation"))
@@ -320,24 +319,14 @@ def write(
             f"the sublayer returned shape {y.shape} for streams {x.shape}: "
             f"it must be {(*x.shape[:-2], x.shape[-1])}"
         )
+    if implementation != "reference":
+        return kernels.write(x, y, mix.res, _fold(mix) if rule == "add_first" else mix.post)
     wide, y_wide = x.astype(mix.res.dtype), y.astype(mix.res.dtype)
-    if implementation == "reference":
-        mixed = operand(wide, y_wide, mix, rule=rule)
-        out = jnp.einsum("...mn,...nd->...md", mix.res, mixed, precision="highest")
-        if rule == "mix_first":
-            out = out + mix.post[..., None] * y_wide[..., None, :]
-    else:
-        post = _fold(mix) if rule == "add_first" else mix.post
-        streams = range(mix.res.shape[-2])
-        rows = [_sum_streams(mix.res[..., m, :], wide) for m in streams]
-        out = jnp.stack([rows[m] + post[..., m, None] * y_wide for m in streams], axis=-2)
+    mixed = operand(wide, y_wide, mix, rule=rule)
+    out = jnp.einsum("...mn,...nd->...md", mix.res, mixed, precision="highest")
+    if rule == "mix_first":
+        out = out + mix.post[..., None] * y_wide[..., None, :]
     return out.astype(x.dtype)
-
-
-def _sum_streams(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """sum_n weights[..., n] x[..., n, :], unrolled: XLA fuses it, an einsum becomes a matmul."""
-    terms = [weights[..., n, None] * x[..., n, :] for n in range(x.shape[-2])]
-    return sum(terms[1:], terms[0])
 
 
 def _fold(mix: Mix) -> jax.Array:
@@ -430,9 +419,9 @@ def collapse(x: jax.Array, how: str = "mean", params: Params | None = None) -> j
     ([2.0], [4.0])
     """
     _choice("exit", how, EXITS)
-    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     weight = 1 / x.shape[-2] if how == "mean" else 1.0
-    return _sum_streams(jnp.full(x.shape[-2], weight, wide.dtype), wide).astype(x.dtype)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    return kernels.read(x, jnp.full(x.shape[-2], weight, wide))
 
 
 # --------------------------------------------------------------------------------------------------

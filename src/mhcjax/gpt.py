@@ -14,14 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhcjax import connections, head, presets
+from mhcjax import connections, head, layers, presets
 from mhcjax.config import ModelConfig
+from mhcjax.layers import rms_norm
 
 __all__ = [
     "AXES",
@@ -34,7 +35,6 @@ __all__ = [
     "count",
     "empty_cache",
     "graph",
-    "rms_norm",
     "sublayer_leaves",
 ]
 
@@ -82,30 +82,6 @@ def connection_of(config: ModelConfig) -> connections.Connection:
     return presets.named(c.preset, **{k: v for k, v in options.items() if v is not None})
 
 
-def rms_norm(x: jax.Array) -> jax.Array:
-    """`x / sqrt(mean(x^2) + 1e-6)` over the last axis, in at least float32, without a gain.
-
-    A gain would be absorbed by the projection that follows (Zhang and Sennrich, arXiv 1910.07467).
-
-    >>> rms_norm(jnp.array([3.0, -3.0])).round(3).tolist()
-    [1.0, -1.0]
-    """
-    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    return (wide * scale).astype(x.dtype)
-
-
-def _rope(x_BTHK: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding, half-split: (a, b) -> (a cos - b sin, b cos + a sin) (arXiv 2104.09864)."""
-    half = x_BTHK.shape[-1] // 2
-    wide = x_BTHK.astype(jnp.promote_types(jnp.float32, x_BTHK.dtype))
-    frequency = base ** (-jnp.arange(half, dtype=wide.dtype) / half)
-    angle = positions_BT[..., None, None].astype(wide.dtype) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = wide[..., :half], wide[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
-
-
 def _normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype: Any) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(key, shape, dtype))
 
@@ -130,14 +106,10 @@ class Attention(nnx.Module):
             jnp.einsum("btd,dhk->bthk", u_BTD, w[...].astype(u_BTD.dtype))
             for w in (self.query, self.key, self.value)
         )
-        if self.config.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        q = _rope(q, positions_BT, self.config.rope_base)
-        k = _rope(k, positions_BT, self.config.rope_base)
+        base, norm = self.config.rope_base, self.config.qk_norm
+        q, k = layers.rope(q, positions_BT, base, norm), layers.rope(k, positions_BT, base, norm)
         if cache is None:
-            y = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation=_attention_implementation(q)
-            )
+            y = layers.attend(q, k, v, is_causal=True)
         else:
             rows = jnp.arange(q.shape[0])[:, None]
             cache = Cache(
@@ -145,14 +117,8 @@ class Attention(nnx.Module):
                 cache.value.at[layer, rows, positions_BT].set(v.astype(cache.value.dtype)),
             )
             seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
-            y = jax.nn.dot_product_attention(q, cache.key[layer], cache.value[layer], mask=seen)
+            y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen)
         return jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype)), cache
-
-
-def _attention_implementation(q: jax.Array) -> Literal["cudnn"] | None:
-    """cuDNN by name on a GPU: None always means XLA, and cuDNN takes 16-bit types only."""
-    gpu = jax.default_backend() == "gpu"
-    return "cudnn" if gpu and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 else None
 
 
 class MLP(nnx.Module):
@@ -345,7 +311,8 @@ def _twice(f: Callable, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    """[1, T]: the same for every row."""
+    return jnp.arange(tokens_BT.shape[1])[None]
 
 
 def _param_dtype(config: ModelConfig) -> Any:

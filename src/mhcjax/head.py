@@ -42,6 +42,22 @@ def _finish(raw: jax.Array, head: Head) -> jax.Array:
     return jnp.where(jnp.arange(raw.shape[-1]) < head.vocab, raw, -1e9)
 
 
+def _logsumexp(z: jax.Array) -> jax.Array:
+    """Over the last axis, in one pass: the sum is rescaled as the maximum grows."""
+
+    def merge(a: tuple, b: tuple) -> tuple:
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        small = jnp.exp(-jnp.abs(top_a - top_b))
+        larger = top_a > top_b
+        total = jnp.where(larger, sum_a + sum_b * small, sum_a * small + sum_b)
+        return jnp.maximum(top_a, top_b), total
+
+    least = jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)  # -inf would make inf - inf
+    start = (least, jnp.zeros((), z.dtype))
+    top, total = jax.lax.reduce((z, jnp.ones_like(z)), start, merge, (z.ndim - 1,))
+    return top + jnp.log(total)
+
+
 def cross_entropy(
     h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, head: Head
 ) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +114,7 @@ def loss(
     def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
         h, targets = part
         z = _finish(_matmul(h, w_DV.astype(h.dtype)), head)
-        logsumexp = jax.nn.logsumexp(z, axis=-1)
+        logsumexp = _logsumexp(z)
         nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
         return None, (jnp.mean(nll), jnp.mean(logsumexp**2))
 
@@ -126,11 +142,12 @@ def _loss_forward(
     def one(dw: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
         h, targets = part
         z = _finish(_matmul(h, w), head)
-        logsumexp = jax.nn.logsumexp(z, axis=-1)
+        logsumexp = _logsumexp(z)
         nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-        share = jnp.exp(z - logsumexp[..., None])
-        hit = jnp.arange(z.shape[-1]) == targets[..., None]
-        dz = share * (1 + 2 * z_loss * logsumexp)[..., None] - hit
+        dz = jnp.exp(z - logsumexp[..., None])
+        if z_loss:
+            dz = dz * (1 + 2 * z_loss * logsumexp)[..., None]
+        dz = dz - (jnp.arange(z.shape[-1]) == targets[..., None])
         if head.soft_cap is not None:
             dz = dz * (1 - (z / head.soft_cap) ** 2)
         dz = dz.astype(h.dtype)

@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mhcjax import audit, checkpoint, data, gpt, optim, plots, sample, tokens, train
-from mhcjax.config import Config, differences, from_json, override, preset, to_json
+from mhcjax import audit, checkpoint, data, gpt, optim, plots, runs, sample, tokens, train
+from mhcjax.config import Config, fields, to_json
 from mhcjax.runlog import (
     Progress,
     RunLog,
@@ -32,27 +33,19 @@ from mhcjax.runlog import (
     write_atomic,
 )
 
-__all__ = ["Loaded", "Outcome", "fit", "load", "resolve", "resume_point"]
+__all__ = ["Outcome", "fit"]
 
-# What may change when a run goes on: none of it alters what the stored state means.
-MUTABLE = (
-    "total_steps",
+PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
+SAMPLE_TOKENS = 64
+AT_LEAST_ONE = (
     "log_every",
     "eval_every",
     "eval_batches",
-    "sample_every",
     "save_every",
     "keep",
     "max_skipped",
-    "allow_loss0",
-    "mesh.data",
-    "mesh.model",
-    "mesh.shard_params",
-    "model.walk",
-    "model.remat",
+    "data.micro_batches",
 )
-PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
-SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -69,105 +62,6 @@ class Outcome:
     def exit_code(self) -> int:
         """0 when done, 1 when diverged, 128 + signal when stopped, as shells count."""
         return {"done": 0, "dry": 0, "diverged": 1, "stopped": 128 + self.signal}[self.status]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model from a checkpoint: `nnx.merge(graphdef, params)` is the module."""
-
-    config: Config
-    graphdef: nnx.GraphDef
-    params: Any
-    meta: dict[str, Any]
-    path: Path
-
-    def tokenizer(self) -> Any:
-        """The tokenizer of the run, from the file beside its checkpoints."""
-        from mhcjax.tokenizer import load_tokenizer
-
-        file = self.path.parent.parent / "tokenizer.json"
-        if not file.exists():
-            raise ValueError(f"{file} is missing: copy it from the run of this checkpoint")
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != self.meta["tokenizer"]:
-            raise ValueError(f"{file} is not the tokenizer of {self.path}: copy it from that run")
-        return load_tokenizer(file)
-
-
-def load(path: str | Path) -> Loaded:
-    """The model of a run, a checkpoints folder or one step; strict, see `checkpoint`.
-
-    Raises ValueError, one sentence, for anything that is not exactly what was saved.
-    """
-    step = checkpoint.find(path)
-    meta = checkpoint.describe(step)
-    config = from_json(json.dumps(meta.get("config", {})))
-    params, meta = checkpoint.restore_params(step, gpt.abstract_params(config.model))
-    return Loaded(config, gpt.graph(config.model), params, meta, step)
-
-
-def resume_point(folder: str | Path, resume: str) -> Path | None:
-    """The checkpoint that a run in `folder` goes on from; None is a fresh start.
-
-    `resume`: "auto" goes on where `folder` has a checkpoint, "never" wants an unused folder, a path
-    starts in a new folder from that checkpoint. Raises ValueError where the folder is in the way.
-    """
-    folder = Path(folder)
-    used = (folder / "config.json").exists() or (folder / "checkpoints").exists()
-    if resume == "never":
-        if used:
-            raise ValueError(f"{folder} holds a run: give another --run, or --resume auto")
-        return None
-    if resume == "auto":
-        has = (folder / "checkpoints").is_dir() and any(
-            p.name.isdigit() for p in (folder / "checkpoints").iterdir()
-        )
-        return checkpoint.find(folder) if has else None
-    source = checkpoint.find(resume)
-    if used and folder.resolve() not in source.resolve().parents:
-        raise ValueError(f"{folder} holds another run: give another --run to go on from {source}")
-    return source
-
-
-def resolve(
-    folder: str | Path, overrides: Mapping[str, Any], *, preset_name: str | None, resume: str
-) -> Config:
-    """The config of a run: overrides over the preset, or over the stored config on resuming."""
-    source = resume_point(folder, resume)
-    if source is None:
-        return override(preset(preset_name or "nano"), overrides)
-    stored = _stored_config(source)
-    base = stored
-    if preset_name is not None:
-        base = dataclasses.replace(
-            preset(preset_name),
-            schedule_steps=stored.schedule_steps,
-            total_steps=stored.total_steps,
-        )
-    return override(base, overrides)
-
-
-def _stored_config(source: Path) -> Config:
-    return from_json(json.dumps(checkpoint.describe(source).get("config", {})))
-
-
-def _settled(config: Config, source: Path | None) -> Config:
-    """The schedule's length is settled at the first start. On going on, a change that would alter
-    what the stored state means is refused with the fields that differ."""
-    if source is None:
-        steps = config.total_steps if config.schedule_steps is None else config.schedule_steps
-        return dataclasses.replace(config, schedule_steps=steps)
-    stored = _stored_config(source)
-    if config.schedule_steps is None:
-        config = dataclasses.replace(config, schedule_steps=stored.schedule_steps)
-    changed = {k: v for k, v in differences(stored, config).items() if k not in MUTABLE}
-    if changed:
-        listed = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
-        raise ValueError(
-            f"{source} was trained with other settings ({listed}): drop these overrides, "
-            "or start a new run with --resume never and another --run"
-        )
-    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,13 +108,13 @@ def fit(
     Writes config.json, run.json, metrics.jsonl, train.log, samples.txt, checkpoints/, pictures and
     summary.json into `folder`. SIGTERM and Ctrl-C save and return at the next boundary of updates.
     Nothing is written before the config, the text and the first loss have passed their checks.
-    `resume` as in `resume_point`.
+    `resume` as in `runs.resume_point`.
 
     Raises ValueError, one sentence, for anything that the user can mend.
     """
     folder = Path(folder)
-    source = resume_point(folder, resume)
-    config = _settled(config, source)
+    source = runs.resume_point(folder, resume)
+    config = runs.settled(config, source)
     if source is not None:
         say(f"going on from {source}")
     with _signals() as stop:
@@ -242,16 +136,10 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.say, self.command, self.clock, self.stop = say, command, clock, stop
-        for name in (
-            "total_steps",
-            "log_every",
-            "eval_every",
-            "eval_batches",
-            "save_every",
-            "keep",
-        ):
-            if getattr(config, name) < (0 if name == "total_steps" else 1):
-                raise ValueError(f"{name} is {getattr(config, name)}: give at least 1")
+        least = dict.fromkeys(AT_LEAST_ONE, 1) | {"total_steps": 0, "sample_every": 0}
+        for name, _, value, _ in fields(config):
+            if name in least and value < least[name]:
+                raise ValueError(f"{name} is {value}: give at least {least[name]}")
         self.program = train.program(config)
         self.corpus = tokens.build(
             config.data.corpus, config.data.tokenizer, config.model.vocab, say=say
@@ -286,18 +174,20 @@ class _Run:
         # The other programs now too, so that what follows is timed without compiling.
         self.probe_rows = self.validation[0][: audit.probe_rows(self.config, program.mesh)]
         self.probe = program.probe.lower(state.params, self.probe_rows).compile()
+        sums = program.eval_step.lower(state.params, self.validation[0], self.bytes_V)
+        self.sums = sums.compile()
         if self.config.sample_every and not dry_run:
             self._generate(state, tokens=2)
         self.say(f"compiled in {duration(self.clock() - began)}")
         updates = int(state.updates)
-        seconds = self._plan(state, check=self.source is None and updates == 0)
+        self._plan(state, check=self.source is None and updates == 0)
         if dry_run:
             return Outcome("dry", self.folder, updates, {})
         total = self.config.total_steps
         if updates >= total:
             self.say(f"the checkpoint has {updates} updates of {total}: 0 more to make")
             return Outcome("done", self.folder, updates, meta.get("validation", {}))
-        return self._train(state, updates, seconds)
+        return self._train(state, updates)
 
     def _start(self) -> tuple[train.State, dict]:
         if self.source is None:
@@ -328,13 +218,13 @@ class _Run:
         )
         return jax.device_put(batch, self.program.batch_sharding)
 
-    def _plan(self, state: train.State, *, check: bool) -> float:
+    def _plan(self, state: train.State, *, check: bool) -> None:
         """Print what is about to happen, all of it derived; refuse a loss far from ln V."""
         rows = audit.info(self.config, compiled=self.step)
-        first = self._batch(0)[0]
-        sums = jax.device_get(self.program.eval_step(state.params, first, self.bytes_V))
+        first = np.asarray(self._batch(0)[0])
+        sums = jax.device_get(self.sums(state.params, first, self.bytes_V))
         began = self.clock()
-        jax.block_until_ready(self.program.eval_step(state.params, first, self.bytes_V))
+        jax.block_until_ready(self.sums(state.params, first, self.bytes_V))
         # A backward pass costs two forward passes.
         seconds = 3 * (self.clock() - began) * self.config.data.micro_batches
         left = max(self.config.total_steps - int(state.updates), 0)
@@ -362,11 +252,10 @@ class _Run:
                 f"model.embedding_std ({self.config.model.embedding_std:g}, usually 0.02), "
                 "or pass --allow-loss0 true"
             )
-        return seconds
 
     # ---- training
 
-    def _train(self, state: train.State, updates: int, seconds: float) -> Outcome:
+    def _train(self, state: train.State, updates: int) -> Outcome:
         config, total = self.config, self.config.total_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "config.json", to_json(config))
@@ -389,13 +278,15 @@ class _Run:
             )
             + "\n",
         )
-        drop_rows_after(self.folder, updates)
+        # A run that ended before its first save starts again: none of its rows stand.
+        drop_rows_after(self.folder, updates if self.source else -1)
         events = {
             "eval": config.eval_every,
             "sample": config.sample_every,
             "save": config.save_every,
         }
         validation: dict[str, float] = {}
+        evaluated = -1
         with (
             RunLog(self.folder, self.say) as log,
             checkpoint.Checkpoints(self.folder / "checkpoints", keep=config.keep) as saved,
@@ -428,18 +319,19 @@ class _Run:
                 self._report(progress, metrics, updates, made, peak)
                 if metrics["skipped_in_row"] >= config.max_skipped:
                     status = "diverged"
-                if self.stop.signal:
+                if self.stop.signal and updates < total:
                     status = "stopped"
                 last = updates >= total or status != "done"
                 if status == "done" and made and (last or updates % config.eval_every == 0):
-                    validation = self._evaluate(state, updates)
+                    validation, evaluated = self._evaluate(state, updates), updates
                     progress.event("eval")
                 sampling = config.sample_every and (last or updates % config.sample_every == 0)
                 if status == "done" and made and sampling:
                     self._sample(state, updates)
                     progress.event("sample")
                 if last or (made and updates % config.save_every == 0):
-                    self._save(saved, state, updates, validation)
+                    # The best checkpoint is chosen by figures of its own weights or not at all.
+                    self._save(saved, state, updates, validation if evaluated == updates else {})
                     progress.event("save")
                 if status != "done":
                     break
@@ -478,7 +370,7 @@ class _Run:
     def _evaluate(self, state: train.State, updates: int) -> dict[str, float]:
         """Validation cross-entropy, bits per byte, copy rate; cosines and dead leaves."""
         sums = [
-            jax.device_get(self.program.eval_step(state.params, batch, self.bytes_V))
+            jax.device_get(self.sums(state.params, batch, self.bytes_V))
             for batch in self.validation
         ]
         total = {name: np.sum([s[name] for s in sums], dtype=np.float64) for name in sums[0]}
@@ -526,6 +418,9 @@ class _Run:
     def _save(
         self, saved: checkpoint.Checkpoints, state: train.State, updates: int, validation: dict
     ) -> None:
+        saved.wait()
+        if saved.latest() == updates:  # all updates since were skipped: that state is this one
+            return
         meta = {
             "config": dataclasses.asdict(self.config),
             "connection": str(gpt.connection_of(self.config.model)),
@@ -577,10 +472,11 @@ class _Run:
         elif status == "stopped":
             self.log.line(f"stopped by a signal after {updates} updates; the state is saved")
         more = self.config.total_steps if updates < self.config.total_steps else 2 * updates
-        self.log.line(f"sample:  {self.command} sample {self.folder}")
-        self.log.line(f"inspect: {self.command} inspect {self.folder}")
+        folder = shlex.quote(str(self.folder))
+        self.log.line(f"sample:  {self.command} sample {folder}")
+        self.log.line(f"inspect: {self.command} inspect {folder}")
         self.log.line(
-            f"resume:  {self.command} train --run {self.folder} --resume auto --total-steps {more}"
+            f"resume:  {self.command} train --run {folder} --resume auto --total-steps {more}"
         )
 
 

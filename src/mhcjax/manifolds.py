@@ -92,9 +92,14 @@ class Permutations:
             rows = jnp.stack([alpha, 1 - alpha, 1 - alpha, alpha], axis=-1)
         else:
             table_PE = jnp.asarray(_permutation_matrices(streams), logits.dtype)
-            weights = jax.nn.softmax(logits, axis=-1)
+            shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
             # Full precision by name: the default of a GPU is TF32.
-            rows = jnp.matmul(weights, table_PE, precision=jax.lax.Precision.HIGHEST)
+            rows = jnp.matmul(
+                jnp.exp(logits - shift), table_PE, precision=jax.lax.Precision.HIGHEST
+            )
+            # Divided after the sums over (N-1)! terms: rounding of a sum of all N! is one-sided,
+            # and would leave marginals beyond 1e-6.
+            rows = rows * (streams / jnp.sum(rows, axis=-1, keepdims=True))
         return rows.reshape(*logits.shape[:-1], streams, streams)
 
     def identity_logits(self, streams: int) -> np.ndarray:

@@ -108,6 +108,7 @@ class Progress:
         self.stepping = 0.0
         self.stepped = 0
         self.costs: dict[str, list[float]] = {name: [] for name in events}
+        self.seen = dict.fromkeys(events, done)  # updates made when each was last done
 
     def updates(self, count: int) -> float:
         """`count` updates were made since the last call; -> the seconds they took."""
@@ -123,6 +124,7 @@ class Progress:
         now = self.clock()
         seconds, self.last = now - self.last, now
         self.costs.setdefault(name, []).append(seconds)
+        self.seen[name] = self.done
         return seconds
 
     def elapsed(self) -> float:
@@ -137,7 +139,7 @@ class Progress:
         for name, every in self.every.items():
             # The first of a kind compiles; the least is what the next ones cost.
             if every and self.costs[name]:
-                times = _times(self.done, self.total, every)
+                times = _times(self.seen[name], self.total, every)
                 left += times * min(self.costs[name])
         return left
 

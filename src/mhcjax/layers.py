@@ -1,0 +1,123 @@
+"""The parts of a transformer without parameters: norm, rotary embedding, attention.
+
+Axis key: B batch, T position, S cached position, H head, K head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["attend", "rms_norm", "rope"]
+
+
+@jax.custom_vjp
+def rms_norm(x: jax.Array) -> jax.Array:
+    """`x / sqrt(mean(x^2) + 1e-6)` over the last axis, in at least float32, without a gain.
+
+    A gain would be absorbed by the projection that follows (Zhang and Sennrich, arXiv 1910.07467).
+
+    >>> rms_norm(jnp.array([3.0, -3.0])).round(3).tolist()
+    [1.0, -1.0]
+    """
+    return _rms_norm(x)[0]
+
+
+def _rms_norm(x: jax.Array) -> tuple[jax.Array, tuple]:
+    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    n = (wide * scale).astype(x.dtype)
+    return n, (n, scale)
+
+
+def _rms_norm_backward(saved: tuple, dn: jax.Array) -> tuple[jax.Array]:
+    # From the output, which the projection after it keeps anyway: x itself, for mHC a weighted sum
+    # of N streams, is not read again.
+    n, scale = saved
+    n_wide, dn = n.astype(scale.dtype), dn.astype(scale.dtype)
+    return (
+        ((dn - n_wide * jnp.mean(dn * n_wide, axis=-1, keepdims=True)) * scale).astype(n.dtype),
+    )
+
+
+rms_norm.defvjp(_rms_norm, _rms_norm_backward)
+
+
+def _angles(positions_BT: jax.Array, half: int, base: float, dtype: Any) -> tuple:
+    """cos and sin of the rotary angles, [B, T, 1, half]."""
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = positions_BT[..., None, None].astype(dtype) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rope(x_BTHK: jax.Array, positions_BT: jax.Array, base: float, norm: bool) -> jax.Array:
+    """Rotary embedding, half-split: (a, b) -> (a cos - b sin, b cos + a sin) (arXiv 2104.09864),
+    of `rms_norm(x)` where `norm`. `positions_BT` may be [1, T].
+
+    >>> rope(jnp.ones((1, 1, 1, 2)), jnp.array([[0]]), 10000.0, False).tolist()
+    [[[[1.0, 1.0]]]]
+    """
+    return _rope_forward(x_BTHK, positions_BT, base, norm)[0]
+
+
+def _rope_forward(
+    x_BTHK: jax.Array, positions_BT: jax.Array, base: float, norm: bool
+) -> tuple[jax.Array, tuple]:
+    wide = x_BTHK.astype(jnp.promote_types(jnp.float32, x_BTHK.dtype))
+    scale = None
+    if norm:
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        wide = wide * scale
+    angles = _angles(positions_BT, x_BTHK.shape[-1] // 2, base, wide.dtype)
+    out = _rotate(wide, *angles).astype(x_BTHK.dtype)
+    return out, (out if norm else None, scale, positions_BT)
+
+
+def _rope_backward(base: float, norm: bool, saved: tuple, dout: jax.Array) -> tuple:
+    # A rotation keeps inner products: the norm's backward pass needs the output alone, which
+    # attention keeps anyway, and only its result is rotated back.
+    out, scale, positions_BT = saved
+    g = dout.astype(jnp.promote_types(jnp.float32, dout.dtype))
+    if norm:
+        wide = out.astype(g.dtype)
+        g = (g - wide * jnp.mean(g * wide, axis=-1, keepdims=True)) * scale
+    cos, sin = _angles(positions_BT, dout.shape[-1] // 2, base, g.dtype)
+    return _rotate(g, cos, -sin).astype(dout.dtype), None
+
+
+rope.defvjp(_rope_forward, _rope_backward)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    """`jax.nn.dot_product_attention`; its softmax is float32 whatever it is given, so that float64
+    goes by hand.
+
+    >>> q = jnp.ones((1, 2, 1, 4))
+    >>> attend(q, q, q, is_causal=True).shape
+    (1, 2, 1, 4)
+    """
+    if q.dtype != jnp.float64:
+        # With a mask a query is one token: cuDNN has nothing to gain.
+        fast = _implementation(q) if options.get("mask") is None else None
+        return jax.nn.dot_product_attention(q, k, v, implementation=fast, **options)
+    (B, T, H, K), (S, kv) = q.shape, k.shape[1:3]
+    mask = options.get("mask")  # [B, 1, T, S]
+    seen = jnp.tril(jnp.ones((T, S), bool)) if mask is None else mask[:, :, None]
+    z = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, kv, H // kv, K), k) * K**-0.5
+    weights = jax.nn.softmax(jnp.where(seen, z, -1e300), axis=-1)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+
+def _implementation(q: jax.Array) -> Literal["cudnn"] | None:
+    """cuDNN by name on a GPU: None always means XLA, and cuDNN takes 16-bit types only."""
+    gpu = jax.default_backend() == "gpu"
+    return "cudnn" if gpu and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 else None
