@@ -6,7 +6,9 @@ Question  Its status report names "alpha_logit initialized to 5.0" as the root c
 Expect    alpha has no part in it: with equal streams it has no gradient and no effect, so "old run"
           and "fix" agree. The start at loss 255 and the copying come from the tied embedding of
           std 1 alone.
-Cost      8 cells a seed; --local under 90 s on 2 cores; nano about 2 minutes a cell on 2 cores.
+          Both at the report's size: 6 layers, width 256, 20,000 steps of 256 tokens (as 1,250 of
+          16 x 256), the vocabulary of the trained tokenizer, installed packages' sources.
+Cost      8 cells a seed; --local under 90 s on 2 cores; COST.
 Run       python -m experiments.run e01 --local
           python -m experiments.run e01 --seeds 0 1 2
 """
@@ -25,7 +27,20 @@ TIED = {"model.tied": True}
 EXPERIMENT = Experiment(
     name="e01",
     title="Was alpha_logit = 5 the root cause?",
-    base=override(preset("nano"), {"sample_every": 75, "eval_every": 75, **BALANCED}),
+    base=override(
+        preset("d20"),
+        {
+            "data.corpus": "packages",
+            "model.vocab": 8192,
+            "model.tied": False,
+            "model.dtype": "bfloat16",
+            # Samples at 50 and 75 % of the run.
+            "eval_every": 312,
+            "sample_every": 312,
+            "save_every": 1250,
+            **BALANCED,
+        },
+    ),
     cells=(
         Cell("base", BALANCED),
         Cell("near_identity", {"model.connection.init": "near_identity"}),
@@ -40,6 +55,9 @@ EXPERIMENT = Experiment(
         "model.layers": 2,
         "model.width": 32,
         "model.heads": 2,
+        "model.hidden": 96,
+        "model.dtype": "float32",
+        "data.corpus": "stdlib",
         "model.vocab": 512,
         "model.context": 64,
         "data.batch": 4,

@@ -106,6 +106,9 @@ class OptimConfig:
     beta1: float = _option(0.9, "first moment (AdamW), interpolation (Lion)")
     beta2: float = _option(0.95, "second moment (AdamW), momentum (Lion)")
     momentum: float = _option(0.95, "momentum of Muon; SGD has none")
+    muon_dtype: Literal["float32", "bfloat16"] | None = _option(
+        None, "dtype of Muon's Newton-Schulz iterations (None: that of the parameters)"
+    )
     schedule: Literal["wsd", "cosine", "constant"] = _option(
         "wsd", "warm-up, stable, decay; or cosine"
     )
@@ -187,7 +190,13 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
                 connection=_NEAR,
             ),
             data=DataConfig(batch=64, length=1024),
-            optim=OptimConfig(name="adamw", learning_rate=6e-4, rest_rate=None, weight_decay=0.1),
+            optim=OptimConfig(
+                name="adamw",
+                learning_rate=6e-4,
+                rest_rate=None,
+                weight_decay=0.1,
+                muon_dtype="bfloat16",
+            ),
         ),
     }
 )

@@ -5,8 +5,8 @@ Axis key: B batch, T position, D width, V vocabulary as stored, C chunk of posit
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,26 +35,42 @@ def logits(h: jax.Array, w_DV: jax.Array, head: Head) -> jax.Array:
 
 
 def _finish(raw: jax.Array, head: Head) -> jax.Array:
-    if head.soft_cap is not None:
-        raw = head.soft_cap * jnp.tanh(raw / head.soft_cap)
-    if raw.shape[-1] == head.vocab:
-        return raw
-    return jnp.where(jnp.arange(raw.shape[-1]) < head.vocab, raw, -1e9)
+    z = _capped(raw, head)
+    if z.shape[-1] == head.vocab:
+        return z
+    return jnp.where(jnp.arange(z.shape[-1]) < head.vocab, z, -1e9)
 
 
-def _logsumexp(z: jax.Array) -> jax.Array:
-    """Over the last axis, in one pass: the sum is rescaled as the maximum grows."""
+def _capped(raw: jax.Array, head: Head) -> jax.Array:
+    return raw if head.soft_cap is None else head.soft_cap * jnp.tanh(raw / head.soft_cap)
+
+
+def _logsumexp(z: jax.Array, vocab: int) -> jax.Array:
+    """Over the first `vocab` of the last axis, in one pass; the rest is storage.
+
+    The axis is cut into eight slabs that are reduced elementwise, so that the pairs (maximum, sum
+    of exponentials relative to it) that are merged in the end are an eighth of the elements.
+    """
+    width = z.shape[-1] // 8 if z.shape[-1] % 8 == 0 else z.shape[-1]
+    slabs = []
+    for start in range(0, vocab, width):
+        slab = z[..., start : start + width]
+        if start + width > vocab:
+            slab = jnp.where(jnp.arange(width) < vocab - start, slab, jnp.finfo(z.dtype).min)
+        slabs.append(slab)
+    tops = reduce(jnp.maximum, slabs)
+    totals = sum(jnp.exp(slab - tops) for slab in slabs)
 
     def merge(a: tuple, b: tuple) -> tuple:
-        (top_a, sum_a), (top_b, sum_b) = a, b
+        (top_a, total_a), (top_b, total_b) = a, b
         small = jnp.exp(-jnp.abs(top_a - top_b))
         larger = top_a > top_b
-        total = jnp.where(larger, sum_a + sum_b * small, sum_a * small + sum_b)
+        total = jnp.where(larger, total_a + total_b * small, total_a * small + total_b)
         return jnp.maximum(top_a, top_b), total
 
     least = jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)  # -inf would make inf - inf
-    start = (least, jnp.zeros((), z.dtype))
-    top, total = jax.lax.reduce((z, jnp.ones_like(z)), start, merge, (z.ndim - 1,))
+    nothing = (least, jnp.zeros((), z.dtype))
+    top, total = jax.lax.reduce((tops, totals), nothing, merge, (z.ndim - 1,))
     return top + jnp.log(total)
 
 
@@ -109,17 +125,23 @@ def loss(
     >>> float(loss(h, w, jnp.zeros((1, 3), int), Head(4))[1]) == float(jnp.log(4.0))
     True
     """
-    chunks = chunks or chunks_of(h_BTD, w_DV)
+    chunks, w = chunks or chunks_of(h_BTD, w_DV), _stored_as_zero(w_DV, head, h_BTD.dtype)
 
     def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
         h, targets = part
-        z = _finish(_matmul(h, w_DV.astype(h.dtype)), head)
-        logsumexp = _logsumexp(z)
+        z = _capped(_matmul(h, w), head)
+        logsumexp = _logsumexp(z, head.vocab)
         nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
         return None, (jnp.mean(nll), jnp.mean(logsumexp**2))
 
     _, (nll, square) = jax.lax.scan(one, None, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
     return jnp.mean(nll) + z_loss * jnp.mean(square), jnp.mean(nll)
+
+
+def _stored_as_zero(w_DV: jax.Array, head: Head, dtype: Any) -> jax.Array:
+    """The weight in `dtype`, its storage padding zero. Then only logsumexp must leave the padding
+    out: its logits are 0 and reach no gradient of h. A mask would cost every pass over logits."""
+    return jnp.where(jnp.arange(w_DV.shape[1]) < head.vocab, w_DV, 0).astype(dtype)
 
 
 def _matmul(h: jax.Array, w: jax.Array) -> jax.Array:
@@ -136,13 +158,13 @@ def _loss_forward(
     chunks: int | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     chunks = chunks or chunks_of(h_BTD, w_DV)
-    w = w_DV.astype(h_BTD.dtype)
+    w = _stored_as_zero(w_DV, head, h_BTD.dtype)
     wide = jnp.promote_types(jnp.float32, h_BTD.dtype)
 
     def one(dw: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
         h, targets = part
-        z = _finish(_matmul(h, w), head)
-        logsumexp = _logsumexp(z)
+        z = _capped(_matmul(h, w), head)
+        logsumexp = _logsumexp(z, head.vocab)
         nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
         dz = jnp.exp(z - logsumexp[..., None])
         if z_loss:
@@ -170,7 +192,8 @@ def _loss_backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     dh, dw, like = saved
     g = cotangents[0] / (dh.shape[0] * dh.shape[1])
-    return (dh * g).astype(dh.dtype), (dw * g).astype(like.dtype), None
+    dw = jnp.where(jnp.arange(dw.shape[1]) < head.vocab, dw * g, 0)
+    return (dh * g).astype(dh.dtype), dw.astype(like.dtype), None
 
 
 loss.defvjp(_loss_forward, _loss_backward)

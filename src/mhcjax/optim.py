@@ -102,11 +102,26 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     def dims(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda p, _: MATRIX_AXES[_names(p)[-1]], params)
 
-    muon = optax.contrib.muon(1.0, beta=config.momentum, muon_weight_dimension_numbers=dims)
+    # Momentum as in Jordan's Muon, in the dtype of the parameters; then Optax's Newton-Schulz and
+    # scaling by shape, without a momentum of its own, all of it in `muon_dtype`.
+    muon = optax.chain(
+        optax.trace(config.momentum, nesterov=True),
+        _cast(jnp.dtype(config.muon_dtype) if config.muon_dtype else None),
+        optax.contrib.muon(1.0, beta=0.0, nesterov=False, muon_weight_dimension_numbers=dims),
+    )
     return optax.partition(
         {"matrix": muon, "rest": adam},
         lambda params: jax.tree.map(lambda g: g if g == "matrix" else "rest", labels(params)),
     )
+
+
+def _cast(dtype: Any) -> optax.GradientTransformation:
+    """Updates in another dtype, None: as they are; `apply` widens them again."""
+
+    def update(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda u: u.astype(dtype or u.dtype), updates)
+
+    return optax.stateless(update)
 
 
 def learning_rate(config: OptimConfig, update: Any, schedule_steps: Any) -> jax.Array:

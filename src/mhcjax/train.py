@@ -57,6 +57,11 @@ DEVICES = {
 }
 
 
+# XLA may drop a rounding to bfloat16 between two float32 operations, and then keeps the streams
+# between sublayers in float32: twice the bytes, and other numbers than the dtype says.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("updates", "batches", "skipped", "skipped_in_row", "params", "opt_state"),
@@ -261,6 +266,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         init=jax.jit(init, out_shardings=states),
         train_step=jax.jit(
             train_step,
+            compiler_options=COMPILER_OPTIONS,
             in_shardings=(states, batches, whole),
             out_shardings=(states, whole),
             donate_argnums=0,
