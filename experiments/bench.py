@@ -3,6 +3,7 @@
 python -m experiments.bench model                            # this machine's default table
 python -m experiments.bench model --shapes gpt2_124m --connections residual mhc_n2 --profile
 python -m experiments.bench model --set optim.name=muon --out muon.json
+python -m experiments.bench paths --shape d20                # fast path against reference path
 
 Every row runs in a process of its own, so that the peak of memory is that row's and one that runs
 out of memory does not end the table. Figures are written as they come.
@@ -143,6 +144,58 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
     }
 
 
+def losses_of(config: Config, steps: int) -> list[float]:
+    """The training losses of a run's first steps, on its own text."""
+    import jax
+
+    from mhcjax import data, optim, tokens, train
+
+    corpus = tokens.build(config.data.corpus, config.data.tokenizer, config.model.vocab)
+    shard = data.open_tokens(corpus.train, corpus.dtype)
+    program = train.program(config)
+    hyper = optim.hyper(config.optim, config.total_steps)
+    state, found = program.init(jax.random.key(config.seed)), []
+    shape = {name: getattr(config.data, name) for name in ("batch", "length", "micro_batches")}
+    for step in range(steps):
+        batch = data.batch(shard, seed=config.seed, step=step, **shape)
+        state, metrics = program.train_step(state, batch, hyper)
+        found.append(metrics["loss"])
+    return [float(loss) for loss in jax.device_get(found)]
+
+
+def paths(args: argparse.Namespace) -> int:
+    """Fast against reference: connections by einsum, the head's loss by autodiff."""
+    import numpy as np
+
+    changes = dict(item.split("=", 1) for item in args.set)
+    slow = {"model.loss": "plain", "model.connection.implementation": "reference"}
+    rows = []
+    for dtype, steps in (("float32", 20), ("bfloat16", args.steps)):
+        config = config_of(args.shape, args.connection, {**changes, "model.dtype": dtype})
+        fast = np.array(losses_of(config, steps))
+        reference = np.array(losses_of(override(config, slow), steps))
+        other = np.array(losses_of(override(config, {"seed": config.seed + 1}), steps))
+        rows.append(
+            {
+                "shape": args.shape,
+                "connection": args.connection,
+                "dtype": dtype,
+                "steps": steps,
+                "largest difference of the paths": float(np.abs(fast - reference).max()),
+                "mean difference of the paths": float(np.abs(fast - reference).mean()),
+                "mean difference of two seeds": float(np.abs(fast - other).mean()),
+                "last loss": float(fast[-1]),
+                "curves": {"fast": fast.tolist(), "reference": reference.tolist()},
+                "versions": runlog.versions(),
+            }
+        )
+        print({k: v for k, v in rows[-1].items() if k not in ("curves", "versions")}, flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    runlog.write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
+    print(f"written: {args.out}")
+    return 0
+
+
 def kernels(trace: Path, steps: int = 3) -> tuple[list[tuple[str, float, int]], float]:
     """(kernel, milliseconds a step, launches a step) of a GPU trace, longest first; milliseconds
     a step in which no kernel ran."""
@@ -277,6 +330,12 @@ def main() -> int:
     m.add_argument("--steps", type=int, default=10, help="steps in a window [10]")
     m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
     m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
+    p = verbs.add_parser("paths", help="loss curves of the fast and of the reference path")
+    p.add_argument("--shape", default="cpu_tiny", help=f"of {', '.join(SHAPES)}")
+    p.add_argument("--connection", default="mhc_n2")
+    p.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config overrides")
+    p.add_argument("--steps", type=int, default=200, help="steps in bfloat16 [200]")
+    p.add_argument("--out", type=Path, default=Path("runs/paths.json"), help="JSON of all curves")
     one = verbs.add_parser("row", help="one row, for the process that `model` starts")
     one.add_argument("request")
     one.add_argument("answer", type=Path)
@@ -284,6 +343,8 @@ def main() -> int:
     try:
         if args.verb == "model":
             return model(args)
+        if args.verb == "paths":
+            return paths(args)
         row(json.loads(args.request), args.answer)
     except ValueError as error:
         print(f"experiments.bench: {error}", file=sys.stderr)

@@ -43,6 +43,9 @@ class ConnectionConfig:
     alpha_logit: float | None = _option(None, "N=2: overrides the init's alpha_logit")
     rule: Literal["add_first", "mix_first"] | None = _option(None, "the write rule")
     exit: str | None = _option(None, "how the streams are collapsed: mean or sum")
+    implementation: Literal["xla", "reference"] | None = _option(
+        None, "of mix, read and write (None: the fastest for the backend)"
+    )
 
 
 @dataclass(frozen=True)

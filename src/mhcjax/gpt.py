@@ -149,7 +149,7 @@ class Block(nnx.Module):
         self, config: ModelConfig, spec: connections.Connection, *, key: jax.Array
     ) -> None:
         keys = jax.random.split(key, 4)
-        self.spec = spec
+        self.spec, self.implementation = spec, config.connection.implementation
         self.attention = Attention(config, key=keys[0])
         self.mlp = MLP(config, key=keys[1])
         self.attention_connection = _connection_params(config, spec, 0, key=keys[2])
@@ -175,7 +175,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         for name, params, f in self.sublayers(positions_BT, cache, layer):
             with jax.named_scope(name):
-                x, aux = connections.connect(self.spec, params, f, x, has_aux=True)
+                x, aux = connections.connect(
+                    self.spec, params, f, x, has_aux=True, implementation=self.implementation
+                )
             cache = aux if name == "attention" else cache
         return x, cache
 

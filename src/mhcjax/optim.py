@@ -104,11 +104,11 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
     # Momentum as in Jordan's Muon, in the dtype of the parameters; then Optax's Newton-Schulz and
     # scaling by shape, without a momentum of its own, all of it in `muon_dtype`.
-    muon = optax.chain(
-        optax.trace(config.momentum, nesterov=True),
-        _cast(jnp.dtype(config.muon_dtype) if config.muon_dtype else None),
-        optax.contrib.muon(1.0, beta=0.0, nesterov=False, muon_weight_dimension_numbers=dims),
+    dtype = jnp.dtype(config.muon_dtype) if config.muon_dtype else None
+    newton_schulz = optax.contrib.muon(
+        1.0, beta=0.0, nesterov=False, mu_dtype=dtype, muon_weight_dimension_numbers=dims
     )
+    muon = optax.chain(optax.trace(config.momentum, nesterov=True), _cast(dtype), newton_schulz)
     return optax.partition(
         {"matrix": muon, "rest": adam},
         lambda params: jax.tree.map(lambda g: g if g == "matrix" else "rest", labels(params)),

@@ -34,6 +34,8 @@ MUTABLE = (
     "mesh.shard_params",
     "model.walk",
     "model.remat",
+    "model.loss",
+    "model.connection.implementation",
 )
 
 
