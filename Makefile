@@ -10,7 +10,7 @@ RUN ?= runs/demo
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo        set up, train the nano preset, sample, draw pictures (about 5 minutes)'
+	@echo 'make demo        set up, train the nano preset, sample, draw pictures (about 6 minutes)'
 	@echo 'make test        set up, run the tests'
 	@echo 'make test-slow   the long tests too'
 	@echo 'make lint        ruff and mypy'
@@ -18,8 +18,8 @@ help:
 	@echo 'make clean       remove .venv and runs/demo'
 
 demo: .venv/run.stamp
-	$(BIN)/mhcjax train --preset nano --run $(RUN)
-	$(BIN)/mhcjax sample $(RUN) --prompt 'def ' --tokens 96
+	$(BIN)/mhcjax train --preset nano --total-steps 600 --run $(RUN)
+	$(BIN)/mhcjax sample $(RUN) --prompt "def __init__(self" --tokens 96
 	$(BIN)/mhcjax inspect $(RUN)
 	@echo 'pictures: $(RUN)/loss.png and $(RUN)/mixing.png'
 

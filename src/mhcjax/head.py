@@ -14,7 +14,7 @@ import jax.numpy as jnp
 __all__ = ["Head", "chunks_of", "cross_entropy", "logits", "loss", "predict"]
 
 # Logits of one chunk, as elements: large enough for the matmuls, small enough to live and die.
-CHUNK_ELEMENTS = 1 << 29
+CHUNK_ELEMENTS = 1 << 30
 
 
 class Head(NamedTuple):
