@@ -79,7 +79,7 @@ def test_loss_figure_of_a_run(run):
         "nats per token",
     )
     assert (right.get_title(), right.get_xlabel(), right.get_ylabel()) == (
-        "validation",
+        "validation, with the last value",
         "update",
         "bits per byte",
     )
@@ -90,7 +90,8 @@ def test_loss_figure_of_a_run(run):
     (bits,) = lines(right)
     np.testing.assert_array_equal(bits.get_xydata(), [(r["step"], r["val_bpb"]) for r in val])
     # The number that people quote stands in the picture.
-    assert [text.get_text() for text in right.texts] == [f"{val[-1]['val_bpb']:.3f}"]
+    assert labels(right) == [f"a  {val[-1]['val_bpb']:.3f}"]
+    assert left.get_yscale() == right.get_yscale() == "linear"
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -111,7 +112,14 @@ def test_loss_figure_of_several_runs(run, count):
         assert a.get_color() == b.get_color()
         np.testing.assert_array_equal(b.get_ydata(), i + 1.0)
     assert len({line.get_color() for line in lines(left)}) == count
-    assert [text.get_text() for text in right.texts] == [f"{i + 1:.3f}" for i in range(count)]
+    assert labels(right) == [f"cell {i}  {i + 1:.3f}" for i in range(count)]
+
+
+def test_loss_figure_of_runs_far_apart_is_logarithmic(run):
+    rows = runlog.read_rows(run)
+    far = [{**r, "val_bpb": 500.0} if r["kind"] == "eval" else r for r in rows]
+    left, right = plots.loss_figure({"near": rows, "far": far}).axes
+    assert (left.get_yscale(), right.get_yscale()) == ("linear", "log")
 
 
 def test_loss_figure_leaves_out_what_is_not_finite():
@@ -121,7 +129,7 @@ def test_loss_figure_leaves_out_what_is_not_finite():
     rows += [{"kind": "eval", "step": 4, "val_ce": None, "val_bpb": None}]
     left, right = plots.loss_figure({"a": rows}).axes
     np.testing.assert_array_equal(lines(left)[0].get_xydata(), [(0, 3), (2, 1), (3, 0.5)])
-    assert lines(right) == [] and len(right.texts) == 0
+    assert lines(right) == [] and labels(right) == ["a"]
 
 
 def test_a_picture_changes_with_its_data(run):

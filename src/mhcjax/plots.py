@@ -49,18 +49,17 @@ def loss_figure(runs: dict[str, list[dict]]) -> Any:
             left.plot(
                 steps, [r["val_ce"] for r in val], "o-", color=_INK["val"], label="validation"
             )
-        right.plot(steps, bpb, "o-", color=_INK["val"] if single else None, label=name)
-        if val:
-            right.annotate(
-                f"{bpb[-1]:.3f}",
-                (steps[-1], bpb[-1]),
-                xytext=(-4, 8),
-                textcoords="offset points",
-                ha="right",
-            )
+        last = f"{name}  {bpb[-1]:.3f}" if val else name
+        right.plot(steps, bpb, "o-", color=_INK["val"] if single else None, label=last)
     left.set(xlabel="update", ylabel="nats per token", title="cross-entropy")
-    right.set(xlabel="update", ylabel="bits per byte", title="validation")
+    right.set(xlabel="update", ylabel="bits per byte", title="validation, with the last value")
+    for axes in (left, right):
+        values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        # Runs that start far off would press all others flat on the ground.
+        if values.size and values.min() > 0 and values.max() > 10 * values.min():
+            axes.set_yscale("log")
     left.legend(frameon=False)
+    right.legend(frameon=False, fontsize="small")
     return figure
 
 
