@@ -81,11 +81,15 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
     program = train.program(config)
     hyper = optim.hyper(config.optim, config.total_steps)
     began = time.perf_counter()
-    step = program.train_step.lower(program.abstract_state, program.abstract_batch, hyper).compile()
+    step = program.compile(hyper)
     compiled = time.perf_counter() - began
     state = program.init(jax.random.key(config.seed))
-    # Uniform tokens: no time here depends on what they say.
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab, 1 << 22).astype(np.uint16)
+    # As frequent as words are (Zipf, Mandelbrot): equal rows of the embedding's gradient wait for
+    # each other, which uniform tokens would hide.
+    weights = 1 / (np.arange(config.model.vocab) + 2.7)
+    tokens = np.random.default_rng(0).choice(
+        config.model.vocab, size=1 << 20, p=weights / weights.sum()
+    )
     made = 0
 
     def batch() -> jax.Array:
@@ -155,10 +159,11 @@ def losses_of(config: Config, steps: int) -> list[float]:
     program = train.program(config)
     hyper = optim.hyper(config.optim, config.total_steps)
     state, found = program.init(jax.random.key(config.seed)), []
+    step_once = program.compile(hyper)
     shape = {name: getattr(config.data, name) for name in ("batch", "length", "micro_batches")}
     for step in range(steps):
         batch = data.batch(shard, seed=config.seed, step=step, **shape)
-        state, metrics = program.train_step(state, batch, hyper)
+        state, metrics = step_once(state, jax.device_put(batch, program.batch_sharding), hyper)
         found.append(metrics["loss"])
     return [float(loss) for loss in jax.device_get(found)]
 

@@ -4,7 +4,7 @@ Question  34M parameters, two streams, near_identity, installed packages' Python
           learn Python, do its streams stay apart, what does alpha do over depth?
 Expect    About 1 bit per byte or less, samples that read as Python, cosine of the streams below 1
           at every depth, alpha moved from 0.88 in most sublayers.
-Cost      COST; --local under a minute on 2 cores.
+Cost      About 7 minutes on one H200; --local under a minute on 2 cores.
 Run       python -m experiments.run e02 --local
           python -m experiments.run e02
 """

@@ -194,10 +194,18 @@ def test_e01_has_the_eight_cells():
             }
 
 
-def test_e01_is_the_main_job_unless_local():
+def test_e01_has_the_size_of_the_report_unless_local():
+    """20,000 steps of 256 tokens, 6 layers of width 256; samples at 50 and 75 %."""
     experiment = cells.find("e01")
-    changed = differences(preset("nano"), experiment.config(experiment.cells[0], 0, local=False))
-    assert set(changed) == {"name", "sample_every", "eval_every", "model.connection.init"}
+    config = experiment.config(experiment.cells[0], 0, local=False)
+    per_update = config.data.batch * config.data.length * config.data.micro_batches
+    assert config.total_steps * per_update == 20_000 * 256
+    assert (config.model.layers, config.model.width) == (6, 256)
+    assert config.data.corpus == "packages"
+    sampled = {round(k * config.sample_every / config.total_steps, 2) for k in range(5)}
+    assert {0.5, 0.75} <= sampled
+    changed = differences(preset("d20"), config)
+    assert not {"data.batch", "data.length", "optim.name", "model.mlp"} & set(changed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,7 +370,7 @@ def test_alpha_moved_is_the_distance_from_the_init(killed, monkeypatch):
 
 def test_bad_arguments(sweep):
     for arguments, message in (
-        (("e77",), "experiments.run: no experiment 'e77': choose one of e01, e99"),
+        (("e77",), "experiments.run: no experiment 'e77': choose one of e01, e02, e99"),
         (("e99", "--cells", "frist"), "--cells frist: the cells are first, second, third"),
     ):
         code, output = finish(sweep[1](*arguments))

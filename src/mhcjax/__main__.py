@@ -316,10 +316,7 @@ def _info(args: argparse.Namespace) -> int:
     compiled = None
     if not args.no_compile:
         program = train.program(config)
-        scalars = optim.hyper(config.optim, config.total_steps)
-        compiled = program.train_step.lower(
-            program.abstract_state, program.abstract_batch, scalars
-        ).compile()
+        compiled = program.compile(optim.hyper(config.optim, config.total_steps))
     rows = audit.info(config, compiled=compiled, device=args.device)
     if args.json:
         print(json.dumps(rows, indent=2))

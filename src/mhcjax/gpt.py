@@ -220,7 +220,9 @@ class GPT(nnx.Module):
     def _enter(self, tokens_BT: jax.Array) -> jax.Array:
         """Tokens -> streams x[B, T, N, D]."""
         dtype = jnp.dtype(self.config.dtype)
-        u_BTD = self.embedding[...].astype(dtype)[tokens_BT]
+        # Looked up before it is narrowed: the gradient is then added up in the dtype of the
+        # parameters, and frequent tokens do not queue for bfloat16 atomics.
+        u_BTD = self.embedding[...][tokens_BT].astype(dtype)
         params = {name: p[...] for name, p in self.entry.items()}
         return connections.expand(u_BTD, self.spec.streams, self.spec.entry, params)
 

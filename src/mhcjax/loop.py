@@ -168,8 +168,7 @@ class _Run:
             f"compiling {audit.model_name(self.config)} for {jax.devices()[0].device_kind} ..."
         )
         program = self.program
-        abstract = (program.abstract_state, program.abstract_batch, self.hyper)
-        self.step = program.train_step.lower(*abstract).compile()
+        self.step = program.compile(self.hyper)
         state, meta = self._start()
         # The other programs now too, so that what follows is timed without compiling.
         self.probe_rows = self.validation[0][: audit.probe_rows(self.config, program.mesh)]

@@ -106,22 +106,19 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     # scaling by shape, without a momentum of its own, all of it in `muon_dtype`.
     dtype = jnp.dtype(config.muon_dtype) if config.muon_dtype else None
     newton_schulz = optax.contrib.muon(
-        1.0, beta=0.0, nesterov=False, mu_dtype=dtype, muon_weight_dimension_numbers=dims
+        1.0, beta=0.0, nesterov=False, muon_weight_dimension_numbers=dims
     )
-    muon = optax.chain(optax.trace(config.momentum, nesterov=True), _cast(dtype), newton_schulz)
+
+    def orthogonalize(updates: Any, params: Any) -> Any:
+        narrow = jax.tree.map(lambda u: u.astype(dtype or u.dtype), updates)
+        # Without momentum its state says nothing: none is kept.
+        return newton_schulz.update(narrow, newton_schulz.init(narrow), params)[0]
+
+    muon = optax.chain(optax.trace(config.momentum, nesterov=True), optax.stateless(orthogonalize))
     return optax.partition(
         {"matrix": muon, "rest": adam},
         lambda params: jax.tree.map(lambda g: g if g == "matrix" else "rest", labels(params)),
     )
-
-
-def _cast(dtype: Any) -> optax.GradientTransformation:
-    """Updates in another dtype, None: as they are; `apply` widens them again."""
-
-    def update(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda u: u.astype(dtype or u.dtype), updates)
-
-    return optax.stateless(update)
 
 
 def learning_rate(config: OptimConfig, update: Any, schedule_steps: Any) -> jax.Array:

@@ -94,6 +94,12 @@ class Program:
     eval_step: Any
     probe: Any
 
+    def compile(self, hyper: optim.Hyper) -> Any:
+        """The training step, compiled ahead and with COMPILER_OPTIONS, which `jax.jit` would not
+        let pass through an outer jit or vmap."""
+        lowered = self.train_step.lower(self.abstract_state, self.abstract_batch, hyper)
+        return lowered.compile(compiler_options=COMPILER_OPTIONS)
+
     @property
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
         """Shape and sharding of one batch."""
@@ -266,7 +272,6 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         init=jax.jit(init, out_shardings=states),
         train_step=jax.jit(
             train_step,
-            compiler_options=COMPILER_OPTIONS,
             in_shardings=(states, batches, whole),
             out_shardings=(states, whole),
             donate_argnums=0,
