@@ -19,7 +19,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mhcjax import __main__, checkpoint, data, loop, optim, plots, runlog, runs, tokens, train
+from mhcjax import (
+    __main__,
+    checkpoint,
+    corpora,
+    data,
+    loop,
+    optim,
+    plots,
+    runlog,
+    runs,
+    tokens,
+    train,
+)
 from mhcjax.config import Config, fields, override, preset, to_json
 
 SMALL = {
@@ -791,3 +803,25 @@ def test_the_eta_of_a_real_run(tmp_path):
     truth = said["step  5000"] - said["step  1000"]
     assert time.monotonic() - began > truth > 5
     assert row["eta"] == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_model_comes_near_the_stated_entropy(tmp_path):
+    """Two layers, 500 updates: within 0.1 nat a byte above the floor, and never below it."""
+    config = override(
+        preset("nano"),
+        {
+            "data.corpus": "synthetic",
+            "data.tokenizer": "byte",
+            "model.vocab": 257,
+            "model.layers": 2,
+            "model.width": 64,
+            "total_steps": 500,
+            "sample_every": 0,
+            "mesh.data": 1,
+        },
+    )
+    outcome, _ = fit(config, tmp_path / "run")
+    floor = corpora.SyntheticCode().floor
+    # Below by less than the spread of the held-out text around its entropy.
+    assert floor - 0.02 < outcome.validation["val_ce"] < floor + 0.1
