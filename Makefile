@@ -35,7 +35,7 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 
 notebooks: .venv/dev.stamp
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/python tests/test_notebooks.py
 
 clean:
 	rm -rf .venv runs/demo

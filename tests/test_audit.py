@@ -16,24 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small import TWO_LAYERS
 
 from mhcjax import audit, checkpoint, data, diagnostics, gpt, loop, optim, runlog, tokens, train
 from mhcjax.config import Config, override, preset
 
-# A small model that learns the synthetic language in seconds. One device of the eight forced ones.
 CONFIG = override(
     preset("nano"),
     {
-        "model.layers": 2,
-        "model.width": 32,
-        "model.heads": 2,
-        "model.vocab": 257,
-        "model.context": 48,
-        "data.corpus": "synthetic",
-        "data.tokenizer": "byte",
-        "data.batch": 16,
-        "data.length": 48,
-        "mesh.data": 1,
+        **TWO_LAYERS,
         "total_steps": 80,
         "log_every": 40,
         "eval_every": 40,

@@ -14,29 +14,18 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small import ONE_LAYER
 
 from mhcjax import __main__, checkpoint, data, gpt, loop, runlog, runs, tokens
 from mhcjax.config import PRESETS, override, preset
 from mhcjax.tokenizer import byte_tokenizer
 
 SMALL = {
+    **ONE_LAYER,
     "total_steps": 60,
     "log_every": 20,
     "eval_every": 60,
-    "eval_batches": 2,
-    "sample_every": 0,
     "save_every": 30,
-    "model.layers": 1,
-    "model.width": 32,
-    "model.heads": 2,
-    "model.vocab": 257,
-    "model.context": 32,
-    "data.corpus": "synthetic",
-    "data.tokenizer": "byte",
-    "data.batch": 4,
-    "data.length": 32,
-    "mesh.data": 1,
-    "optim.warmup_steps": 2,
 }
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 TOKENS = (np.arange(2 * 32).reshape(2, 32) * 7 % 256).astype(np.int32)

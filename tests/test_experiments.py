@@ -21,12 +21,11 @@ import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # experiments/ is run from the checkout, it is not installed
+from experiments import bench, cells, report
+from mhcjax import gpt, runlog
+from mhcjax.config import differences, override, preset, to_json
 
-from experiments import cells, report  # noqa: E402
-from mhcjax import gpt, runlog  # noqa: E402
-from mhcjax.config import differences, override, preset, to_json  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # Cells that differ in what changes no program, so that each is compiled once.
 STUB = '''
@@ -469,3 +468,57 @@ def test_e01_local(tmp_path, one_device_env):
     used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
     print(f"{elapsed:.0f} s, {used:.0f} s of CPU")
     assert min(elapsed, used) < 90
+
+
+# --------------------------------------------------------------------------------------------------
+# The bench
+
+
+def test_every_shape_of_the_bench_is_a_config():
+    for shape in bench.SHAPES:
+        for connection in ("residual", "mhc_n2"):
+            config = bench.config_of(shape, connection, {"optim.name": "sgd"})
+            assert (config.name, config.optim.name) == (shape, "sgd")
+            assert config.model.connection.preset == connection
+
+
+def test_the_overhead_is_over_the_residual_of_the_same_shape_and_optimizer():
+    def row(connection, optimizer, ms):
+        return {"shape": "s", "connection": connection, "optimizer": optimizer, "step_ms": ms}
+
+    rows = [
+        row("residual", "adamw", 10.0),
+        row("mhc_n2", "adamw", 12.5),
+        row("mhc_n2", "lion", 9.0),
+    ]
+    column = list(bench.COLUMNS).index("overhead")
+    shown = [line.split(" | ")[column] for line in bench.table(rows).split("\n")[2:]]
+    assert shown == ["0.0%", "25.0%", "-"]
+    failed = bench.table([{"shape": "s", "connection": "c", "error": "it ended with -9"}])
+    assert "| s | c | it ended with -9 |" in failed
+
+
+def test_a_row_of_the_bench(tmp_path):
+    """Measured in this process, at a size of nothing: counts and memory by hand."""
+    changes = {"model.vocab": "128", "model.context": "16", "data.length": "16", "mesh.data": "1"}
+    config = bench.config_of("cpu_tiny", "mhc_n2", changes)
+    found = bench.measure(config, windows=2, steps=1, trace=None)
+    assert found["tokens_per_step"] == 8 * 16
+    assert found["tokens_per_second"] == pytest.approx(8 * 16 / (found["step_ms"] / 1e3))
+    assert found["parameters"] == gpt.count(gpt.abstract_params(config.model))
+    assert found["predicted_gb"] * 1e9 > 4 * 2 * found["parameters"]  # weights and a momentum
+    assert found["mfu"] is None and found["config"]["model"]["vocab"] == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "huge"], "unknown shape 'huge': choose one of cpu_tiny"),
+        (["--set", "optim.nmae=sgd"], "unknown field 'optim.nmae': did you mean optim.name?"),
+        (["--set", "optim.name"], "--set optim.name: write FIELD=VALUE"),
+    ],
+)
+def test_bad_arguments_of_the_bench(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["bench", "model", *arguments])
+    assert bench.main() == 2
+    assert capsys.readouterr().err.startswith(f"experiments.bench: {message}")

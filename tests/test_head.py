@@ -301,3 +301,9 @@ def test_chunks_of_known_shapes():
     assert chunks(16, 128, 4096) == 1
     assert chunks(64, 1024, 50304) == 4
     assert chunks(64, 1021, 50304) == 1021
+
+
+def test_chunks_that_do_not_divide_are_refused():
+    h, w, targets = jnp.zeros((1, 6, 2)), jnp.zeros((2, 8)), jnp.zeros((1, 6), int)
+    with pytest.raises(ValueError, match=r"^4 chunks do not divide 6 positions: give a divisor"):
+        head.loss(h, w, targets, head.Head(8), 0.0, 4)

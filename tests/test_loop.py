@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small import ONE_LAYER
 
 from mhcjax import (
     __main__,
@@ -35,24 +36,12 @@ from mhcjax import (
 from mhcjax.config import Config, fields, override, preset, to_json
 
 SMALL = {
+    **ONE_LAYER,
     "total_steps": 7,
     "schedule_steps": 20,
     "log_every": 1,
     "eval_every": 50,
-    "eval_batches": 2,
-    "sample_every": 0,
     "save_every": 50,
-    "model.layers": 1,
-    "model.width": 32,
-    "model.heads": 2,
-    "model.vocab": 257,
-    "model.context": 32,
-    "data.corpus": "synthetic",
-    "data.tokenizer": "byte",
-    "data.batch": 4,
-    "data.length": 32,
-    "mesh.data": 1,
-    "optim.warmup_steps": 2,
 }
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 REAL_FIGURES = plots.loss_figure, plots.mixing_figure

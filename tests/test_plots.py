@@ -10,25 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small import TWO_LAYERS
 
 from mhcjax import gpt, loop, plots, runlog
 from mhcjax.config import override, preset
 from mhcjax.connections import Mix
 
-# The shapes of tests/test_audit.py, so that one compilation serves both.
 CONFIG = override(
     preset("nano"),
     {
-        "model.layers": 2,
-        "model.width": 32,
-        "model.heads": 2,
-        "model.vocab": 257,
-        "model.context": 48,
-        "data.corpus": "synthetic",
-        "data.tokenizer": "byte",
-        "data.batch": 16,
-        "data.length": 48,
-        "mesh.data": 1,
+        **TWO_LAYERS,
         "total_steps": 12,
         "log_every": 3,
         "eval_every": 4,

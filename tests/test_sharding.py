@@ -144,7 +144,9 @@ def identity(mesh):
 def test_eight_devices_equal_one_in_float32(mesh):
     """SGD, whose update is linear in the gradient: sums in another order, 1e-6."""
     wanted, found = alone("sgd", "float32"), run(config_of("sgd", "float32", mesh))
-    assert distance(found.before, wanted.before) == 0
+    # The same keys; a partitioned program may evaluate the normal's inverse in another way, and
+    # under JAX 0.12 does: one rounding.
+    assert distance(found.before, wanted.before) <= 2.0**-24
     assert distance(wanted.after, wanted.before) > 1e-2
     losses, parameters = gap(found, wanted)
     print(f"losses {losses:.2g}, parameters {parameters:.2g}")
