@@ -290,9 +290,10 @@ class GPT(nnx.Module):
         for layer, own in enumerate(_unstack(stacked, self.config.layers)):
             block = nnx.merge(graphdef, own)
             for _, params, f in block.sublayers(positions, None, layer):
-                m = connections.mix(self.spec, params, x)
+                how = {"implementation": block.implementation}
+                m = connections.mix(self.spec, params, x, **how)
                 after, y = connections.connect(
-                    self.spec, params, partial(_twice, f), x, has_aux=True
+                    self.spec, params, partial(_twice, f), x, has_aux=True, **how
                 )
                 mixed = connections.operand(x, y, m, rule=self.spec.rule)
                 records.append(Sublayer(x, mixed, m, y))

@@ -86,7 +86,11 @@ def cross_entropy(
     """
     z = logits(h_BTD, w_DV, head)
     logsumexp = jax.nn.logsumexp(z, axis=-1)
-    return logsumexp - jnp.take_along_axis(z, targets_BT[..., None], axis=-1)[..., 0], logsumexp
+    return logsumexp - _at(z, targets_BT), logsumexp
+
+
+def _at(z: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(z, targets_BT[..., None], axis=-1)[..., 0]
 
 
 def chunks_of(h_BTD: jax.Array, w_DV: jax.Array) -> int:
@@ -103,6 +107,8 @@ def chunks_of(h_BTD: jax.Array, w_DV: jax.Array) -> int:
 def _split(a: jax.Array, chunks: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, T / chunks, ...]: the batch stays where its mesh has put it."""
     B, T, *rest = a.shape
+    if T % chunks:
+        raise ValueError(f"{chunks} chunks do not divide {T} positions: give a divisor, or None")
     return jnp.moveaxis(a.reshape(B, chunks, T // chunks, *rest), 1, 0)
 
 
@@ -128,10 +134,7 @@ def loss(
     chunks, w = chunks or chunks_of(h_BTD, w_DV), _stored_as_zero(w_DV, head, h_BTD.dtype)
 
     def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
-        h, targets = part
-        z = _capped(_matmul(h, w), head)
-        logsumexp = _logsumexp(z, head.vocab)
-        nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        nll, logsumexp = _scores(*part, w, head)[1:]
         return None, (jnp.mean(nll), jnp.mean(logsumexp**2))
 
     _, (nll, square) = jax.lax.scan(one, None, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
@@ -144,9 +147,14 @@ def _stored_as_zero(w_DV: jax.Array, head: Head, dtype: Any) -> jax.Array:
     return jnp.where(jnp.arange(w_DV.shape[1]) < head.vocab, w_DV, 0).astype(dtype)
 
 
-def _matmul(h: jax.Array, w: jax.Array) -> jax.Array:
-    """Product in the dtype of `h`, then widened: bf16 logits halve what the passes move."""
-    return jnp.matmul(h, w).astype(jnp.promote_types(jnp.float32, h.dtype))
+def _scores(
+    h: jax.Array, targets: jax.Array, w: jax.Array, head: Head
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> (logits, negative log-likelihood, logsumexp) of one chunk. The product is made in the
+    dtype of `h` and then widened: bf16 logits halve what the passes move."""
+    z = _capped(jnp.matmul(h, w).astype(jnp.promote_types(jnp.float32, h.dtype)), head)
+    logsumexp = _logsumexp(z, head.vocab)
+    return z, logsumexp - _at(z, targets), logsumexp
 
 
 def _loss_forward(
@@ -163,9 +171,7 @@ def _loss_forward(
 
     def one(dw: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
         h, targets = part
-        z = _capped(_matmul(h, w), head)
-        logsumexp = _logsumexp(z, head.vocab)
-        nll = logsumexp - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        z, nll, logsumexp = _scores(h, targets, w, head)
         dz = jnp.exp(z - logsumexp[..., None])
         if z_loss:
             dz = dz * (1 + 2 * z_loss * logsumexp)[..., None]
@@ -212,8 +218,7 @@ def predict(
 
     def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z = logits(part[0], w_DV, head)
-        target = jnp.take_along_axis(z, part[1][..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(z, axis=-1) - target, jnp.argmax(z, axis=-1)
+        return jax.nn.logsumexp(z, axis=-1) - _at(z, part[1]), jnp.argmax(z, axis=-1)
 
     nll, top = jax.lax.map(one, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
     whole = [jnp.moveaxis(a, 0, 1).reshape(targets_BT.shape) for a in (nll, top)]

@@ -26,21 +26,27 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return _rms_norm(x)[0]
 
 
+def _inverse_rms(wide: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+
+
+def _pull_norm(n: jax.Array, scale: jax.Array, dn: jax.Array) -> jax.Array:
+    """The cotangent of x from the output n alone, which what follows keeps anyway: x itself, for
+    mHC a weighted sum of N streams, is not read again."""
+    n = n.astype(scale.dtype)
+    return (dn - n * jnp.mean(dn * n, axis=-1, keepdims=True)) * scale
+
+
 def _rms_norm(x: jax.Array) -> tuple[jax.Array, tuple]:
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    scale = _inverse_rms(wide)
     n = (wide * scale).astype(x.dtype)
     return n, (n, scale)
 
 
 def _rms_norm_backward(saved: tuple, dn: jax.Array) -> tuple[jax.Array]:
-    # From the output, which the projection after it keeps anyway: x itself, for mHC a weighted sum
-    # of N streams, is not read again.
     n, scale = saved
-    n_wide, dn = n.astype(scale.dtype), dn.astype(scale.dtype)
-    return (
-        ((dn - n_wide * jnp.mean(dn * n_wide, axis=-1, keepdims=True)) * scale).astype(n.dtype),
-    )
+    return (_pull_norm(n, scale, dn.astype(scale.dtype)).astype(n.dtype),)
 
 
 rms_norm.defvjp(_rms_norm, _rms_norm_backward)
@@ -75,7 +81,7 @@ def _rope_forward(
     wide = x_BTHK.astype(jnp.promote_types(jnp.float32, x_BTHK.dtype))
     scale = None
     if norm:
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        scale = _inverse_rms(wide)
         wide = wide * scale
     angles = _angles(positions_BT, x_BTHK.shape[-1] // 2, base, wide.dtype)
     out = _rotate(wide, *angles).astype(x_BTHK.dtype)
@@ -83,13 +89,12 @@ def _rope_forward(
 
 
 def _rope_backward(base: float, norm: bool, saved: tuple, dout: jax.Array) -> tuple:
-    # A rotation keeps inner products: the norm's backward pass needs the output alone, which
-    # attention keeps anyway, and only its result is rotated back.
+    # A rotation keeps inner products: the norm is pulled back in rotated coordinates, from the
+    # output that attention keeps, and only the result is rotated back.
     out, scale, positions_BT = saved
     g = dout.astype(jnp.promote_types(jnp.float32, dout.dtype))
     if norm:
-        wide = out.astype(g.dtype)
-        g = (g - wide * jnp.mean(g * wide, axis=-1, keepdims=True)) * scale
+        g = _pull_norm(out, scale, g)
     cos, sin = _angles(positions_BT, dout.shape[-1] // 2, base, g.dtype)
     return _rotate(g, cos, -sin).astype(dout.dtype), None
 

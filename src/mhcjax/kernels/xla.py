@@ -4,8 +4,7 @@ Sums over streams are unrolled: XLA fuses them into one pass, where an einsum be
 matmul. Autodiff of the slices would make pads and separate sums of them, hence the VJPs; nothing is
 saved but the arguments.
 
-Axis key: N source stream, M destination stream, D width. Leading axes are free; coefficients have
-those of the tokens, or fewer.
+Axis key: N source stream, M destination stream, D width. Leading axes are free and broadcast.
 """
 
 from __future__ import annotations
@@ -28,11 +27,18 @@ def _mixed(weights: jax.Array, x: jax.Array) -> jax.Array:
     return sum(terms[1:], terms[0])
 
 
-def _dot(a: jax.Array, b: jax.Array, like: jax.Array) -> jax.Array:
-    """sum_d a b, summed also over the leading axes that a coefficient of shape `like` lacks."""
-    product = a * b
-    lacking = product.ndim - 1 - len(like)
-    return jnp.sum(product, axis=(*range(lacking), -1))
+def _fit(cotangent: jax.Array, shape: tuple[int, ...], *more: int) -> jax.Array:
+    """Summed over the axes that an argument of `shape` lacks or has as 1, and over axes `more`."""
+    kept = cotangent.ndim - len(more)
+    lead = kept - len(shape)
+    thin = [lead + i for i, n in enumerate(shape) if n == 1 != cotangent.shape[lead + i]]
+    axes = (*range(lead), *thin, *more)
+    return jnp.sum(cotangent, axis=axes).reshape(shape) if axes else cotangent
+
+
+def _dot(a: jax.Array, b: jax.Array, like: tuple[int, ...]) -> jax.Array:
+    """sum_d a b, for a coefficient with the leading axes `like`: one reduction."""
+    return _fit(a * b, like, -1)
 
 
 @jax.custom_vjp
@@ -54,7 +60,7 @@ def _read_backward(saved: tuple, du: jax.Array) -> tuple[jax.Array, jax.Array]:
     wide, du = x.astype(pre.dtype), du.astype(pre.dtype)
     dpre = [_dot(du, wide[..., n, :], pre.shape[:-1]) for n in range(pre.shape[-1])]
     dx = pre[..., None] * du[..., None, :]
-    return dx.astype(x.dtype), jnp.stack(dpre, axis=-1)
+    return _fit(dx, x.shape).astype(x.dtype), jnp.stack(dpre, axis=-1)
 
 
 read.defvjp(_read_forward, _read_backward)
@@ -88,8 +94,8 @@ def _write_backward(saved: tuple, dout: jax.Array) -> tuple[jax.Array, ...]:
     ]
     dpost = [_dot(dout[..., m, :], y_wide, post.shape[:-1]) for m in range(M)]
     return (
-        _mixed(jnp.swapaxes(res, -1, -2), dout).astype(x.dtype),
-        _weighted(post, dout).astype(y.dtype),
+        _fit(_mixed(jnp.swapaxes(res, -1, -2), dout), x.shape).astype(x.dtype),
+        _fit(_weighted(post, dout), y.shape).astype(y.dtype),
         jnp.stack([jnp.stack(row, axis=-1) for row in dres], axis=-2),
         jnp.stack(dpost, axis=-1),
     )
