@@ -260,3 +260,29 @@ def test_nano_is_what_the_design_says():
     assert (model.connection.preset, model.connection.init) == ("mhc_n2", "near_identity")
     d20 = c.preset("d20").model
     assert (d20.layers, d20.width) == (6, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "outside", "inside"),
+    [
+        ("model.layers", 0, 1),
+        ("model.kv_heads", 0, 1),
+        ("data.length", 1, 2),
+        ("optim.clip", -1.0, 0.0),
+        ("optim.decay_fraction", 2.0, 1.0),
+        ("optim.decay_fraction", -0.5, 0.0),
+        ("optim.beta2", 1.5, 1.0),
+        ("optim.learning_rate", float("nan"), 0.0),
+        ("total_steps", -1, 0),
+        ("schedule_steps", 0, 1),
+    ],
+)
+def test_numbers_outside_their_range_are_refused_by_name(name, outside, inside):
+    c.check_ranges(c.override(BASE, {name: inside}))
+    with pytest.raises(ValueError, match=rf"^{name} is {outside}: give at (least|most) "):
+        c.check_ranges(c.override(BASE, {name: outside}))
+
+
+def test_presets_are_inside_their_ranges():
+    for config in c.PRESETS.values():
+        c.check_ranges(config)

@@ -19,6 +19,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "check_ranges",
     "differences",
     "fields",
     "from_json",
@@ -28,8 +29,10 @@ __all__ = [
 ]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(
+    default: Any, help: str, *, least: float | None = None, most: float | None = None
+) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,23 @@ class ConnectionConfig:
 class ModelConfig:
     """A decoder-only transformer whose sublayers go through `connect`."""
 
-    layers: int = _option(4, "blocks; each has two sublayers, attention and MLP")
-    width: int = _option(128, "D")
-    heads: int = _option(4, "query heads")
-    kv_heads: int | None = _option(None, "key and value heads (None: as many as heads)")
-    hidden: int | None = _option(None, "F (None: 4 D for relu2, 8/3 D rounded up to 64 for swiglu)")
+    layers: int = _option(4, "blocks; each has two sublayers, attention and MLP", least=1)
+    width: int = _option(128, "D", least=1)
+    heads: int = _option(4, "query heads", least=1)
+    kv_heads: int | None = _option(None, "key and value heads (None: as many as heads)", least=1)
+    hidden: int | None = _option(
+        None, "F (None: 4 D for relu2, 8/3 D rounded up to 64 for swiglu)", least=1
+    )
     mlp: Literal["relu2", "swiglu"] = _option("relu2", "squared ReLU or SwiGLU")
-    vocab: int = _option(4096, "tokens of the tokenizer; storage is padded to a multiple of 128")
-    context: int = _option(128, "longest sequence, in tokens; the size of the KV cache")
+    vocab: int = _option(
+        4096, "tokens of the tokenizer; storage is padded to a multiple of 128", least=1
+    )
+    context: int = _option(128, "longest sequence, in tokens; the size of the KV cache", least=1)
     tied: bool = _option(False, "the head is the embedding, transposed")
     qk_norm: bool = _option(True, "RMSNorm of queries and keys")
     soft_cap: float | None = _option(None, "logits become c * tanh(logits / c)")
-    rope_base: float = _option(10000.0, "base of the rotary frequencies")
-    embedding_std: float = _option(0.02, "std of the token embedding at init")
+    rope_base: float = _option(10000.0, "base of the rotary frequencies", least=1)
+    embedding_std: float = _option(0.02, "std of the token embedding at init", least=0)
     dtype: Literal["float32", "bfloat16", "float64"] = _option(
         "float32", "dtype of the activations"
     )
@@ -86,9 +93,9 @@ class DataConfig:
     tokenizer: Literal["bpe", "byte"] = _option(
         "bpe", "byte-level BPE of model.vocab tokens, or bytes"
     )
-    batch: int = _option(16, "sequences per micro-batch")
-    length: int = _option(128, "tokens per sequence")
-    micro_batches: int = _option(1, "micro-batches accumulated in one update")
+    batch: int = _option(16, "sequences per micro-batch", least=1)
+    length: int = _option(128, "tokens per sequence", least=2)
+    micro_batches: int = _option(1, "micro-batches accumulated in one update", least=1)
 
 
 @dataclass(frozen=True)
@@ -98,26 +105,36 @@ class OptimConfig:
     name: Literal["muon", "adamw", "lion", "sgd"] = _option(
         "muon", "muon: matrices of the blocks only, AdamW for the rest"
     )
-    learning_rate: float = _option(0.02, "peak rate of the matrices of the blocks")
-    rest_rate: float | None = _option(0.003, "peak rate of all other leaves (None: learning_rate)")
-    mixing_rate: float | None = _option(None, "peak rate of the mixing leaves (None: as the rest)")
-    weight_decay: float = _option(
-        0.0, "decoupled decay of matrices, embedding and head; never of static mixing leaves"
+    learning_rate: float = _option(0.02, "peak rate of the matrices of the blocks", least=0)
+    rest_rate: float | None = _option(
+        0.003, "peak rate of all other leaves (None: learning_rate)", least=0
     )
-    z_loss: float = _option(0.0, "weight of mean(logsumexp(logits)^2) in the loss")
-    clip: float = _option(1.0, "largest global gradient norm; 0 turns clipping off")
-    beta1: float = _option(0.9, "first moment (AdamW), interpolation (Lion)")
-    beta2: float = _option(0.95, "second moment (AdamW), momentum (Lion)")
-    momentum: float = _option(0.95, "momentum of Muon; SGD has none")
+    mixing_rate: float | None = _option(
+        None, "peak rate of the mixing leaves (None: as the rest)", least=0
+    )
+    weight_decay: float = _option(
+        0.0,
+        "decoupled decay of matrices, embedding and head; never of static mixing leaves",
+        least=0,
+    )
+    z_loss: float = _option(0.0, "weight of mean(logsumexp(logits)^2) in the loss", least=0)
+    clip: float = _option(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+    beta1: float = _option(0.9, "first moment (AdamW), interpolation (Lion)", least=0, most=1)
+    beta2: float = _option(0.95, "second moment (AdamW), momentum (Lion)", least=0, most=1)
+    momentum: float = _option(0.95, "momentum of Muon; SGD has none", least=0, most=1)
     muon_dtype: Literal["float32", "bfloat16"] | None = _option(
         None, "dtype of Muon's Newton-Schulz iterations (None: that of the parameters)"
     )
     schedule: Literal["wsd", "cosine", "constant"] = _option(
         "wsd", "warm-up, stable, decay; or cosine"
     )
-    warmup_steps: int = _option(20, "linear warm-up; the first update runs at 1 / warmup_steps")
-    decay_fraction: float = _option(0.5, "wsd: share of the schedule that decays")
-    final_fraction: float = _option(0.05, "learning rate at the end, as a share of the peak")
+    warmup_steps: int = _option(
+        20, "linear warm-up; the first update runs at 1 / warmup_steps", least=0
+    )
+    decay_fraction: float = _option(0.5, "wsd: share of the schedule that decays", least=0, most=1)
+    final_fraction: float = _option(
+        0.05, "learning rate at the end, as a share of the peak", least=0, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -134,18 +151,22 @@ class Config:
     """A whole run. `preset(name)` gives the named ones; `override` replaces by dotted name."""
 
     name: str = _option("nano", "name of the preset that this config started from")
-    seed: int = _option(0, "seed of init, batches and samples")
-    total_steps: int = _option(300, "optimizer updates; the run stops after exactly this many")
-    schedule_steps: int | None = _option(
-        None, "length of the schedule (None: total_steps of the first start)"
+    seed: int = _option(0, "seed of init, batches and samples", least=0)
+    total_steps: int = _option(
+        300, "optimizer updates; the run stops after exactly this many", least=0
     )
-    log_every: int = _option(10, "updates per log line")
-    eval_every: int = _option(100, "updates per evaluation")
-    eval_batches: int = _option(8, "validation micro-batches per evaluation")
-    sample_every: int = _option(100, "updates per sample text; 0 turns it off")
-    save_every: int = _option(100, "updates per checkpoint; the last update is always saved")
-    keep: int = _option(2, "checkpoints kept, besides the best")
-    max_skipped: int = _option(10, "non-finite updates in a row after which the run stops")
+    schedule_steps: int | None = _option(
+        None, "length of the schedule (None: total_steps of the first start)", least=1
+    )
+    log_every: int = _option(10, "updates per log line", least=1)
+    eval_every: int = _option(100, "updates per evaluation", least=1)
+    eval_batches: int = _option(8, "validation micro-batches per evaluation", least=1)
+    sample_every: int = _option(100, "updates per sample text; 0 turns it off", least=0)
+    save_every: int = _option(
+        100, "updates per checkpoint; the last update is always saved", least=1
+    )
+    keep: int = _option(2, "checkpoints kept, besides the best", least=1)
+    max_skipped: int = _option(10, "non-finite updates in a row after which the run stops", least=1)
     allow_loss0: bool = _option(False, "start although |loss0 - ln V| > 1")
     model: ModelConfig = _option(ModelConfig(), "the model")
     data: DataConfig = _option(DataConfig(), "the text")
@@ -229,6 +250,26 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
             yield from fields(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", hints[f.name], value, f.metadata.get("help", "")
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """One sentence for the first number outside the range that its field states.
+
+    >>> check_ranges(override(OptimConfig(), {"decay_fraction": 0.3}))
+
+    Raises ValueError with the dotted name, the value and the bound.
+    """
+    for f in dataclasses.fields(config):
+        name, value = f"{prefix}{f.name}", getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+            continue
+        least, most = f.metadata.get("least"), f.metadata.get("most")
+        # Written so that nan is outside.
+        if value is not None and least is not None and not value >= least:
+            raise ValueError(f"{name} is {value}: give at least {least}")
+        if value is not None and most is not None and not value <= most:
+            raise ValueError(f"{name} is {value}: give at most {most}")
 
 
 def _parse(name: str, kind: Any, value: Any) -> Any:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mhcjax import connections, head, layers, presets
-from mhcjax.config import ModelConfig
+from mhcjax.config import ModelConfig, check_ranges
 from mhcjax.layers import rms_norm
 
 __all__ = [
@@ -338,9 +338,7 @@ def _hidden(config: ModelConfig) -> int:
 def _check(config: ModelConfig) -> None:
     """One sentence for every config that cannot be a model."""
     kv = config.kv_heads or config.heads
-    for name in ("layers", "width", "heads", "vocab", "context"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(config, name)}: give at least 1")
+    check_ranges(config, "model.")
     if config.width % config.heads or (config.width // config.heads) % 2:
         raise ValueError(
             f"model.width {config.width} over {config.heads} heads is no even head size: "

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from mhcjax import audit, checkpoint, data, gpt, optim, plots, runs, sample, tokens, train
-from mhcjax.config import Config, fields, to_json
+from mhcjax.config import Config, to_json
 from mhcjax.runlog import (
     Progress,
     RunLog,
@@ -37,15 +37,6 @@ __all__ = ["Outcome", "fit"]
 
 PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
 SAMPLE_TOKENS = 64
-AT_LEAST_ONE = (
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "save_every",
-    "keep",
-    "max_skipped",
-    "data.micro_batches",
-)
 
 
 @dataclass(frozen=True)
@@ -136,10 +127,6 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.say, self.command, self.clock, self.stop = say, command, clock, stop
-        least = dict.fromkeys(AT_LEAST_ONE, 1) | {"total_steps": 0, "sample_every": 0}
-        for name, _, value, _ in fields(config):
-            if name in least and value < least[name]:
-                raise ValueError(f"{name} is {value}: give at least {least[name]}")
         self.program = train.program(config)
         self.corpus = tokens.build(
             config.data.corpus, config.data.tokenizer, config.model.vocab, say=say

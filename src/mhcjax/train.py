@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mhcjax import diagnostics, gpt, head, optim, sharding
-from mhcjax.config import Config, ModelConfig
+from mhcjax.config import Config, ModelConfig, check_ranges
 
 __all__ = [
     "DEVICES",
@@ -163,6 +163,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
 
     Raises ValueError for a config that cannot be a model or does not fit the mesh.
     """
+    check_ranges(config)
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype is float64 but JAX runs in 32 bit: set JAX_ENABLE_X64=1")
     if mesh is None:
