@@ -10,7 +10,7 @@ RUN ?= runs/demo
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo        set up, train the nano preset, sample, draw pictures (about 6 minutes)'
+	@echo 'make demo        set up, train the nano preset, sample, draw pictures (3 to 6 minutes)'
 	@echo 'make test        set up, run the tests'
 	@echo 'make test-slow   the long tests too'
 	@echo 'make lint        ruff and mypy'
