@@ -552,6 +552,34 @@ def test_initial_loss_is_ln_v(build):
         assert abs(-np.log(chosen).mean() - np.log(120)) < 0.05
 
 
+def test_the_embedding_gradient_is_added_up_in_the_dtype_of_the_parameters(build):
+    """Frequent tokens add thousands of rows; bfloat16 would stop at 256 of equal size."""
+    graphdef, params = build(replace(SMALL, dtype="bfloat16"), Connection())
+    jaxpr = jax.make_jaxpr(loss_and_gradients, static_argnums=0)(
+        graphdef, params, random_tokens(2, 9, SMALL.vocab)
+    )
+    added = [
+        eqn.invars[0].aval
+        for _, eqn in jaxprs.walk(jaxpr)
+        if eqn.primitive.name == "scatter-add" and eqn.invars[0].aval.shape == (128, SMALL.width)
+    ]
+    assert [a.dtype for a in added] == [jnp.float32]
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_the_implementation_of_the_config_runs(build, implementation):
+    """In the forward and in the trace: the reference is plain, the default has VJPs of its own."""
+    chosen = replace(SMALL.connection, implementation=implementation)
+    graphdef, params = build(replace(SMALL, connection=chosen), Connection())
+    tokens = random_tokens(1, 8, SMALL.vocab)
+    for run in (forward, jax.jit(lambda g, p, t: nnx.merge(g, p).trace(t), static_argnums=0)):
+        jaxpr = jax.make_jaxpr(run, static_argnums=0)(graphdef, params, tokens)
+        own = {path[-1] for path, eqn in jaxprs.walk(jaxpr) if "custom_vjp" in eqn.primitive.name}
+        # The exit is a read by name of no implementation.
+        assert ({"read", "write"} <= own) == (implementation != "reference"), own
+        assert ("write" in own) == (implementation != "reference"), own
+
+
 def test_bfloat16_runs_and_stays_finite(build):
     """8 bits of mantissa, about 30 roundings in a row: a tenth of the largest logit."""
     tokens = random_tokens(2, 24, SMALL.vocab)
