@@ -24,6 +24,7 @@ ORDER = [
     "manifolds",
     "kernels",
     "coefficients",
+    "spec",
     "connections",
     "ends",
     "rules",
@@ -56,6 +57,7 @@ ORDER = [
 CORE = [
     "manifolds",
     "coefficients",
+    "spec",
     "connections",
     "ends",
     "rules",
