@@ -298,7 +298,6 @@ def mix_and_read(
     return _passed(spec, params, x, implementation=implementation)[1:]
 
 
-@partial(jax.jit, static_argnames=("spec", "implementation"))
 def _passed(
     spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
 ) -> tuple[jax.Array, Mix, jax.Array]:
@@ -409,7 +408,6 @@ def connect_single_pass(
     return (x, u, aux) if has_aux else (x, u)
 
 
-@partial(jax.jit, static_argnames=("spec", "implementation"))
 def _passed_mix(
     spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
 ) -> tuple[jax.Array, Mix]:
@@ -422,7 +420,6 @@ def _passed_mix(
     return x, mix(spec, params, x, implementation=implementation)
 
 
-@partial(jax.jit, static_argnames=("rule", "implementation"))
 def _write_and_read(
     x: jax.Array, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
 ) -> tuple[jax.Array, jax.Array]:
