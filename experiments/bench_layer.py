@@ -105,12 +105,17 @@ def measure(name: str, connection: str, implementation: str, speed: float) -> di
     run = partial(layer, spec, implementation)
 
     def both(params: dict, x: jax.Array, u: jax.Array, cotangents: Any) -> Any:
-        out, pull = jax.vjp(run, params, x, u)
+        # Where pre is the layer's own it takes no u, whose gradient would be an array of zeros.
+        given = (params, x, u) if spec.carried else (params, x)
+        out, pull = jax.vjp(lambda *a: run(*a, *(() if spec.carried else (u,))), *given)
         return out, pull(cotangents)
 
     forward = jax.jit(run).lower(params, x, u).compile()
     backward = jax.jit(both).lower(params, x, u, cotangents).compile()
-    saved = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], params, x, u))
+    saved = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(run, *a)[1]))(params, x, u).jaxpr
+    kept = {
+        id(v): v.aval for v in saved.outvars
+    }.values()  # an array that is saved twice counts once
     times = seconds(forward, params, x, u), seconds(backward, params, x, u, cotangents)
     unit = shape.tokens * D * x.dtype.itemsize
     floors = [count * unit / speed for count in units(N)]
@@ -127,7 +132,7 @@ def measure(name: str, connection: str, implementation: str, speed: float) -> di
         "bandwidth": units(N)[1] * unit / times[1] / 1e12,
         "floor_ms": [1e3 * f for f in floors],
         "peak_gb": peak / 1e9,
-        "saved_units": sum(a.size * a.dtype.itemsize for a in saved) / unit,
+        "saved_units": sum(a.size * a.dtype.itemsize for a in kept) / unit,
         "streams": N,
         **shape._asdict(),
     }
