@@ -2,7 +2,7 @@
 
 `program(config, mesh)` compiles nothing: it holds the jitted `init`, `train_step`, `eval_step` and
 `probe` of one config on one mesh. A batch is tokens[A, B, T + 1]: A micro-batches are accumulated
-inside the step.
+inside the step, on each device its own rows; the gradients are then summed over `data` once.
 
 Axis key: A micro-batch, B batch, T position, V vocabulary, L sublayer.
 """
@@ -140,6 +140,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         "model.heads": m.heads,
         "model.kv_heads": m.kv_heads or m.heads,
         "model.hidden": gpt.abstract_params(m)["blocks"]["mlp"]["up"].shape[-1],
+        "the stored vocabulary": gpt.abstract_params(m)["embedding"].shape[0],
     }
     for name, size in sizes.items():
         if size % model:
@@ -170,7 +171,12 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     graphdef = gpt.graph(config.model)
     check_mesh(config, mesh)
-    spec, tx = gpt.connection_of(config.model), optim.optimizer(config.optim)
+    spec = gpt.connection_of(config.model)
+    if mesh.size > 1:
+        everywhere = partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
+        tx = optim.optimizer(config.optim, whole=everywhere)
+    else:
+        tx = optim.optimizer(config.optim)
 
     def init(key: jax.Array) -> State:
         params = gpt.build(config.model, key=key)[1]
@@ -180,6 +186,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     abstract = jax.eval_shape(init, jax.random.key(0))
     place = partial(sharding.tree_shardings, axes=gpt.AXES, mesh=mesh)
     states = place(abstract, shard_params=config.mesh.shard_params)
+    specs = jax.tree.map(lambda s: s.spec, states.params)
     whole = sharding.replicated(mesh)
     batches = NamedSharding(mesh, PartitionSpec(None, "data", None))
     rows = NamedSharding(mesh, PartitionSpec("data", None))
@@ -187,19 +194,35 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return losses(nnx.merge(graphdef, params), tokens_BT, z_loss=config.optim.z_loss)
 
-    def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
+    def micro_batches(params: Any, batch_ABT: jax.Array) -> tuple[Any, Any]:
+        """-> ((loss, cross-entropy), gradients), means over the batch."""
+        params = sharding.gather(params, specs)
         micro = jax.value_and_grad(loss, has_aux=True)
         if batch_ABT.shape[0] == 1:
-            (total, ce), gradients = micro(state.params, batch_ABT[0])
+            found = micro(params, batch_ABT[0])
         else:
 
             def accumulate(carry: Any, tokens_BT: jax.Array) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, micro(state.params, tokens_BT)), None
+                return jax.tree.map(jnp.add, carry, micro(params, tokens_BT)), None
 
-            shapes = jax.eval_shape(micro, state.params, batch_ABT[0])
+            shapes = jax.eval_shape(micro, params, batch_ABT[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            sums, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
-            (total, ce), gradients = jax.tree.map(lambda a: a / batch_ABT.shape[0], sums)
+            found, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
+        parts = batch_ABT.shape[0] * sharding.ways("data")
+        sums = sharding.reduce(found, ((PartitionSpec(), PartitionSpec()), specs))
+        return jax.tree.map(lambda a: a / parts, sums) if parts > 1 else sums
+
+    if mesh.size > 1:
+        micro_batches = jax.shard_map(
+            micro_batches,
+            mesh=mesh,
+            in_specs=(specs, batches.spec),
+            out_specs=((PartitionSpec(), PartitionSpec()), specs),
+            check_vma=False,
+        )
+
+    def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
+        (total, ce), gradients = micro_batches(state.params, batch_ABT)
         gradients = optim.freeze_dead(gradients, spec, config.model)
         gradients = optim.limit_scales(gradients, config.optim)
         norm = optax.tree.norm(gradients)
