@@ -43,6 +43,8 @@ ORDER = [
     "data",
     "optim",
     "train",
+    "costs",
+    "plan",
     "sample",
     "audit",
     "plots",

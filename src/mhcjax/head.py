@@ -120,8 +120,9 @@ def _at(z: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return total(jnp.sum(jnp.where(_columns(z) == targets_BT[..., None], z, 0), axis=-1))
 
 
-def chunks_of(h_BTD: jax.Array, w_DV: jax.Array) -> int:
+def chunks_of(h_BTD: Any, w_DV: Any) -> int:
     """Into how many chunks of positions the loss is cut: the fewest that keep one's logits small.
+    Shapes are enough.
 
     >>> chunks_of(jnp.zeros((2, 8, 4)), jnp.zeros((4, 16)))
     1

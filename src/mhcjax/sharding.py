@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
     "fan_out",
@@ -78,7 +78,7 @@ def partition(letters: str, *, shard_params: bool = False) -> PartitionSpec:
     return PartitionSpec(*((AXIS_OF_LETTER | extra).get(letter) for letter in letters))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device holds the whole array.
 
     >>> replicated(make_mesh(1, 1)).is_fully_replicated
@@ -88,7 +88,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(
-    tree: Any, axes: Mapping[str, str], mesh: Mesh, *, shard_params: bool = False
+    tree: Any,
+    axes: Mapping[str, str],
+    mesh: Mesh | AbstractMesh,
+    *,
+    shard_params: bool = False,
 ) -> Any:
     """A sharding for every leaf: by `axes[name]` of the last key in its path, else replicated.
 
