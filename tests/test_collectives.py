@@ -5,8 +5,12 @@ The programs are compiled for forced host devices. A backend may join several ar
 instruction; arrays are what is counted here.
 """
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import collectives
 import jax
@@ -40,10 +44,10 @@ def compiled(config):
     return program.compile(optim.hyper(config.optim, config.total_steps))
 
 
-def exchanged(config):
+def exchanged(config, step=None):
     """Counter of the compiled step's collectives."""
     sizes = {"data": config.mesh.data, "model": config.mesh.model}
-    return collectives.of(compiled(config).as_text(), sizes)
+    return collectives.of((step or compiled(config)).as_text(), sizes)
 
 
 def stated(config):
@@ -57,8 +61,12 @@ def stated(config):
 
 def check(config):
     """The compiled step against the closed form, and against what must hold of any step."""
-    found = exchanged(config)
+    step = compiled(config)
+    found = exchanged(config, step)
     assert found == stated(config), difference(found, stated(config))
+    # The state is given away and taken back in place: what XLA aliases is all of it.
+    held = costs.memory(config)
+    assert step.memory_analysis().alias_size_in_bytes == held.parameters + held.optimizer
     assert reduced_bytes(found, config) == once(config)
     assert not carrying(found, config)
     return found
@@ -178,6 +186,24 @@ def test_one_axis_alone(data):
     """No exchange along an axis of one device."""
     found = check(config_of(data, 8 // data, **{"model.heads": 8}))
     assert {c.axes for c in found} == {"data" if data == 8 else "model"}
+
+
+SIXTY_FOUR = [(64, 1, True, 1), (16, 4, False, 2), (8, 8, True, 2)]
+
+
+@pytest.mark.slow
+def test_sixty_four_devices():
+    """In a process of its own, which is given that many."""
+    code = f"""
+import jax, test_collectives as t
+assert jax.device_count() == 64
+for data, model, shard, micro in {SIXTY_FOUR}:
+    changes = {{"mesh.shard_params": shard, "data.micro_batches": micro}}
+    t.check(t.config_of(data, model, **{{"model.heads": 8, "model.width": 64, **changes}}))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=64"}
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | flags, check=True)
 
 
 # --------------------------------------------------------------------------------------------------
