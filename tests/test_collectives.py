@@ -96,7 +96,7 @@ def once(config):
         frozen = config.model.layers == 1 and any(
             name == f"blocks.{('attention', 'mlp')[l % 2]}_connection.{leaf}" for l, leaf in dead
         )
-        split = path[-1].key in gpt.AXES
+        split = set("HFV") & set(gpt.AXES.get(path[-1].key, ""))
         size = leaf.size * leaf.dtype.itemsize // (config.mesh.model if split else 1)
         total += 0 if frozen or not leaf.shape else size
     return total
@@ -147,9 +147,8 @@ def test_every_mesh(data, model, shard, micro):
     [
         {"model.connection.preset": "residual", "model.remat": True},
         {"model.remat": True},
-        pytest.param(
-            {"model.connection.preset": "deepseek_v4", "model.layers": 2}, marks=pytest.mark.slow
-        ),
+        {"model.connection.preset": "deepseek_v4", "mesh.shard_params": True},
+        pytest.param({"model.connection.preset": "hc", "model.layers": 2}, marks=pytest.mark.slow),
         pytest.param({"model.connection.preset": "single_pass"}, marks=pytest.mark.slow),
         pytest.param(
             {"model.connection.preset": "mhc", "model.remat": True}, marks=pytest.mark.slow

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -82,7 +82,8 @@ class Sizes:
         m, mesh = config.model, mesh_of(config)
         self.config, self.mesh = config, mesh
         self.data, self.model = mesh.shape["data"], mesh.shape["model"]
-        self.state = _state(m, config.optim, config.mesh)
+        # Recomputing changes nothing of the state.
+        self.state = _state(replace(m, remat=False), config.optim, config.mesh)
         self.spec = gpt.connection_of(m)
         self.fixed = isinstance(self.spec.coefficients, coefficients.Fixed)
         self.bytes = jnp.dtype(m.dtype).itemsize

@@ -5,8 +5,8 @@ parameters; train state, optimizer and checkpoints hold that dict, and a jitted 
 `nnx.merge(graphdef, params)`. Blocks are stored stacked, `[L, ...]`; scan or loop only decides how
 they are walked. No mixing mathematics in this file.
 
-Axis key: B batch, T position, S cached position, D width, N stream, H head, K head size, F hidden,
-V vocabulary, L block.
+Axis key: B batch, T position, S cached position, D width, N stream, E = N*D or D, projected to C
+columns by a dynamic mix, H head, K head size, F hidden, V vocabulary, L block.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ AXES = {
     "gate": "LDF",
     "up": "LDF",
     "down": "LFD",
+    "projection": "LEC",
 }
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this

@@ -1,7 +1,8 @@
 """The mesh, axis letters -> PartitionSpec, and the exchanges of a step that is split by hand.
 
-Axis key: B batch, D width, H head, F hidden, V vocabulary. Batch is split over `data`; heads,
-hidden and vocabulary over `model`; width over `data` too where parameters are sharded.
+Axis key: B batch, D width, E flattened streams, H head, F hidden, V vocabulary. Batch is split over
+`data`; heads, hidden and vocabulary over `model`; width and flattened streams over `data` too where
+parameters are sharded.
 
 Inside `jax.shard_map` a function sees its own part of every array. The compiler's partitioner would
 choose other exchanges: a reduction in each micro-batch, three for what queries, keys and values
@@ -67,14 +68,14 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
 
 
 def partition(letters: str, *, shard_params: bool = False) -> PartitionSpec:
-    """The PartitionSpec of an array with those axes; `shard_params` puts D over `data`.
+    """The PartitionSpec of an array with those axes; `shard_params` puts D and E over `data`.
 
     >>> tuple(partition("LDHK"))
     (None, None, 'model', None)
     >>> tuple(partition("LDHK", shard_params=True))
     (None, 'data', 'model', None)
     """
-    extra = {"D": "data"} if shard_params else {}
+    extra = {"D": "data", "E": "data"} if shard_params else {}
     return PartitionSpec(*((AXIS_OF_LETTER | extra).get(letter) for letter in letters))
 
 
