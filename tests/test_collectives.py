@@ -205,6 +205,16 @@ for data, model, shard, micro in {SIXTY_FOUR}:
     subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | flags, check=True)
 
 
+def test_one_device_is_not_split():
+    """A mesh of one costs nothing: no part of its program is split by hand, nothing exchanged."""
+    for devices, manual in ((1, False), (8, True)):
+        program = train.program(config_of(devices, 1))
+        hyper = optim.hyper(program.config.optim, 100)
+        text = program.train_step.lower(program.abstract_state, program.abstract_batch, hyper)
+        assert ("manual_computation" in text.as_text()) == manual
+    assert not exchanged(config_of(1, 1)) and not stated(config_of(1, 1))
+
+
 # --------------------------------------------------------------------------------------------------
 # Negative controls: the same comparison, one thing wrong
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from mhcjax import coefficients, gpt, head, optim, train
 from mhcjax.config import Config, MeshConfig, ModelConfig, OptimConfig
@@ -66,7 +66,8 @@ def mesh_of(config: Config) -> AbstractMesh:
     >>> dict(mesh_of(override(Config(), parse_mesh("data=64,model=8"))).shape)
     {'data': 64, 'model': 8}
     """
-    return AbstractMesh((config.mesh.data or 1, config.mesh.model), ("data", "model"))
+    sizes = (config.mesh.data or 1, config.mesh.model)
+    return AbstractMesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 @functools.lru_cache(maxsize=64)  # a search over batches asks for the same one again and again

@@ -48,7 +48,8 @@ def _finish(raw: jax.Array, head: Head) -> jax.Array:
 
 def _columns(z: jax.Array) -> jax.Array:
     """Which tokens the last axis stands for: those of this part where `model` splits it."""
-    return first_of(z.shape[-1]) + jnp.arange(z.shape[-1])
+    columns = jnp.arange(z.shape[-1])
+    return columns if ways("model") == 1 else columns + first_of(z.shape[-1])
 
 
 def _capped(raw: jax.Array, head: Head) -> jax.Array:
