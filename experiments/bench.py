@@ -3,6 +3,7 @@
 python -m experiments.bench model                            # this machine's default table
 python -m experiments.bench model --shapes gpt2_124m --connections residual mhc_n2 --profile
 python -m experiments.bench model --set optim.name=muon --out muon.json
+python -m experiments.bench layer --shapes d2048 d4096        # one layer against its floor
 python -m experiments.bench paths --shape d20                # fast path against reference path
 python -m experiments.bench scale --shapes gpt2_124m         # over 1, 2, 4, ... devices
 
@@ -348,6 +349,11 @@ def main() -> int:
     m.add_argument("--steps", type=int, default=10, help="steps in a window [10]")
     m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
     m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
+    l = verbs.add_parser("layer", help="one layer, forward and backward, against its floor")
+    l.add_argument("--shapes", nargs="+", default=["cpu_tiny"])
+    l.add_argument("--connections", nargs="+", default=["mhc", "mhc_n2"])
+    l.add_argument("--implementations", nargs="+", default=["pallas", "xla"])
+    l.add_argument("--out", type=Path, default=Path("runs/layer.json"), help="JSON of all rows")
     p = verbs.add_parser("paths", help="loss curves of the fast and of the reference path")
     p.add_argument("--shape", default="cpu_tiny", help=f"of {', '.join(SHAPES)}")
     p.add_argument("--connection", default="mhc_n2")
@@ -365,6 +371,10 @@ def main() -> int:
             return model(args)
         if args.verb == "scale":
             return scaling.scale(args)
+        if args.verb == "layer":
+            from experiments import bench_layer
+
+            return bench_layer.main(args)
         if args.verb == "paths":
             return paths(args)
         row(json.loads(args.request), args.answer)

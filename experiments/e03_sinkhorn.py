@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cells
-from mhcjax import connections, presets, runlog
+from mhcjax import presets, runlog
+from mhcjax.connections import mix
 from mhcjax.manifolds import Manifold, NewtonSinkhorn, Sinkhorn, manifold_of
 from mhcjax.published import KEEP
+from mhcjax.spec import Connection, init
 
 STDS = (1, 2, 4, 5, 6, 10)
 ITERATIONS = (5, 10, 20, 50, 100)
@@ -274,11 +276,11 @@ def left(res_LMN: np.ndarray) -> tuple[float, float]:
     return float(values[0]), float(values[-1])
 
 
-def initial_res(spec: connections.Connection, layers: int) -> np.ndarray:
+def initial_res(spec: Connection, layers: int) -> np.ndarray:
     """res[L, M, N] of every sublayer at init, of its biases alone: projections at zero."""
     width = 8
     own = [
-        connections.init(
+        init(
             spec,
             width=width,
             layer=layer,
@@ -292,7 +294,7 @@ def initial_res(spec: connections.Connection, layers: int) -> np.ndarray:
     if "projection" in stacked:
         stacked["projection"] = jnp.zeros_like(stacked["projection"])
     x = jnp.zeros((spec.streams, width), jnp.float64)
-    res = jax.vmap(lambda p: connections.mix(spec, p, x).res, axis_size=layers)(stacked)
+    res = jax.vmap(lambda p: mix(spec, p, x).res, axis_size=layers)(stacked)
     return np.asarray(res, np.float64)
 
 
@@ -306,15 +308,15 @@ def inits() -> list[dict[str, Any]]:
         if "init" in taken:
             own = ("balanced", "near_identity") if name.startswith("mhc_n") else ("published",)
             named = [*own, "depth"]
-        for init in named:
-            spec = presets.named(name, **options, **({"init": init} if init else {}))
+        for start in named:
+            spec = presets.named(name, **options, **({"init": start} if start else {}))
             res = initial_res(spec, LAYERS)
             diagonal = float(np.diagonal(res, axis1=-2, axis2=-1).mean())
             most, least = left(res) if spec.streams > 1 else (None, None)
             rows.append(
                 {
                     "preset": name,
-                    "init": init or "own",
+                    "init": start or "own",
                     "streams": spec.streams,
                     "diagonal": diagonal,
                     "left": most,

@@ -16,9 +16,10 @@ import pytest
 from flax import nnx
 from small import ONE_LAYER
 
-from mhcjax import __main__, checkpoint, connections, data, gpt, loop, presets, runlog, runs, tokens
+from mhcjax import __main__, checkpoint, data, gpt, loop, presets, runlog, runs, tokens
 from mhcjax.config import PRESETS, override, preset
 from mhcjax.presets import PRESETS as CONNECTIONS
+from mhcjax.spec import init
 from mhcjax.tokenizer import byte_tokenizer
 
 SMALL = {
@@ -461,7 +462,7 @@ def test_info_explains_every_connection(cli, name):
     found = json.loads(out)
     assert code == 0 and err == ""
     spec = presets.named(name, **({"layers": 8} if "layers" in presets.takes(name) else {}))
-    params = connections.init(spec, width=64, key=jax.random.key(0))
+    params = init(spec, width=64, key=jax.random.key(0))
     assert found["parameters per sublayer"] == sum(a.size for a in params.values())
     assert {leaf: list(a.shape) for leaf, a in params.items()} == found["parameters"]
     assert found["connection"] == repr(spec)

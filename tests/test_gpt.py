@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 import mhcjax as mhc
 from mhcjax import connections, gpt, head, layers, optim, presets, sample, train
 from mhcjax.config import Config, DataConfig, ModelConfig, OptimConfig
-from mhcjax.connections import Connection
 from mhcjax.sharding import make_mesh
+from mhcjax.spec import Connection
 
 # Storage is padded from 120 to 128 tokens.
 SMALL = ModelConfig(layers=2, width=32, heads=4, vocab=120, context=64)

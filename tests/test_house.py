@@ -24,6 +24,7 @@ ORDER = [
     "manifolds",
     "kernels",
     "coefficients",
+    "spec",
     "connections",
     "ends",
     "rules",
@@ -58,6 +59,7 @@ ORDER = [
 CORE = [
     "manifolds",
     "coefficients",
+    "spec",
     "connections",
     "ends",
     "rules",

@@ -22,13 +22,11 @@ P permutation. Arrays wear the letters of their axes (`x_BTND`, `res_MN`).
 from mhcjax import presets
 from mhcjax.coefficients import Dynamic, Fixed, Init, Norm, Static
 from mhcjax.connections import (
-    Connection,
-    LearnedHead,
     Mix,
     connect,
     connect_carried,
+    connect_single_pass,
     first_pre,
-    init,
     mix,
     mix_and_read,
     operand,
@@ -69,6 +67,7 @@ from mhcjax.manifolds import (
     Unconstrained,
 )
 from mhcjax.rules import convert_params, convert_rule
+from mhcjax.spec import Connection, LearnedHead, init
 
 __version__ = "0.1.0"
 
@@ -104,6 +103,7 @@ __all__ = [
     "composite_gain",
     "connect",
     "connect_carried",
+    "connect_single_pass",
     "convert_params",
     "convert_rule",
     "copy_rate",

@@ -18,9 +18,9 @@ from flax import nnx
 from mhcjax import diagnostics, ends, gpt, optim, sample, sharding, train
 from mhcjax.coefficients import Dynamic, Fixed
 from mhcjax.config import Config, override
-from mhcjax.connections import Connection
 from mhcjax.diagnostics import dead_leaves
 from mhcjax.manifolds import manifold_of
+from mhcjax.spec import Connection
 
 __all__ = [
     "Check",

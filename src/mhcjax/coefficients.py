@@ -94,16 +94,17 @@ class Norm(Brief):
 
     def factor(self, x: jax.Array) -> jax.Array:
         """What x[..., n] is multiplied by, [..., 1]."""
+        return self.of(jnp.mean(jnp.square(x), axis=-1, keepdims=True), x.shape[-1])
+
+    def of(self, mean_square: jax.Array, inputs: int) -> jax.Array:
+        """The factor of that many inputs, from the mean of their squares."""
         if self.form == "clamp":
             # The norm of zeros has no gradient; below eps it has no effect either.
-            square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-            clamped = jnp.sqrt(jnp.maximum(square, self.eps**2))
-            return math.sqrt(x.shape[-1]) / clamped
-        mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+            return jax.lax.rsqrt(jnp.maximum(mean_square, self.eps**2 / inputs))
         if self.form == "inside":
             # An eps of 1e-20 is all that a token of zeros has in the paper: it stays finite.
-            return jax.lax.rsqrt(mean + self.eps)
-        positive = jnp.maximum(mean, jnp.finfo(x.dtype).tiny)
+            return jax.lax.rsqrt(mean_square + self.eps)
+        positive = jnp.maximum(mean_square, jnp.finfo(mean_square.dtype).tiny)
         return 1 / (jnp.sqrt(positive) + self.eps)
 
 
@@ -256,16 +257,56 @@ def logits(
     streams = x.shape[-2]
     inputs = wide if c.per_stream else wide.reshape(*wide.shape[:-2], -1)
     z = project(c.norm, inputs, params, c.precision, tanh=c.tanh)
-    owner, count, frozen = _columns(c, sizes, streams)
-    if count:
-        scale = params["scale"]
-        if frozen.any():
-            scale = jnp.where(frozen, jax.lax.stop_gradient(scale), scale)
-        z = z * jnp.concatenate([scale, jnp.ones(1, dtype)])[owner]
+    scales = _scales(c, sizes, streams, params)
+    z = z if scales is None else z * scales
     if c.per_stream:
         parts = [z[..., 0], z[..., 1], z[..., 2:].reshape(*z.shape[:-2], -1)]
     else:
-        parts = jnp.split(z, np.cumsum([sizes.pre, sizes.post]), axis=-1)
+        parts = _split(z, sizes)
     if not sizes.res:
         parts[2] = parts[2][..., :0]
     return parts[0] + pre, parts[1] + post, parts[2] + res
+
+
+def _scales(c: Dynamic, sizes: Sizes, streams: int, params: Params) -> jax.Array | None:
+    """The learned factor of every column of the projection; None where there is none."""
+    owner, count, frozen = _columns(c, sizes, streams)
+    if not count:
+        return None
+    scale = params["scale"]
+    if frozen.any():
+        scale = jnp.where(frozen, jax.lax.stop_gradient(scale), scale)
+    return jnp.concatenate([scale, jnp.ones(1, scale.dtype)])[owner]
+
+
+def _split(z: jax.Array, sizes: Sizes) -> list[jax.Array]:
+    return jnp.split(z, np.cumsum([sizes.pre, sizes.post]), axis=-1)
+
+
+def linear(c: Dynamic, sizes: Sizes, streams: int, params: Params) -> tuple[jax.Array, jax.Array]:
+    """(w[E, C], bias[C]), the norm's gain and the scales inside, for what is linear in the streams:
+    the logits are `x @ w * norm.of(mean(x^2), E) + bias`, which `of_products` makes.
+
+    >>> params = {"pre_logits": jnp.ones(1), "post_logits": jnp.ones(1), "scale": jnp.full(2, 3.0)}
+    >>> c = Dynamic(scales=("pre", "post"))
+    >>> linear(c, Sizes(1, 1, 0, ()), 1, params | {"projection": jnp.ones((8, 2))})[0][0].tolist()
+    [3.0, 3.0]
+    """
+    w = params["projection"]
+    w = params["gain"][:, None] * w if c.norm.gain else w
+    scales = _scales(c, sizes, streams, params)
+    names = ("pre_logits", "post_logits", *(("res_logits",) if sizes.res else ()))
+    bias = jnp.concatenate([params[name] for name in names])
+    return (w if scales is None else w * scales), bias
+
+
+def of_products(
+    c: Dynamic, sizes: Sizes, inputs: int, z: jax.Array, mean_square: jax.Array, bias: jax.Array
+) -> list[jax.Array]:
+    """Logits of pre, post and res of one token, of `z[C] = x @ w` and `mean(x^2)`.
+
+    >>> sizes = Sizes(1, 1, 0, ())
+    >>> of_products(Dynamic(), sizes, 4, jnp.ones(2), jnp.asarray(0.25), jnp.zeros(2))[0].tolist()
+    [1.9999960660934448]
+    """
+    return _split(z * c.norm.of(mean_square, inputs) + bias, sizes)

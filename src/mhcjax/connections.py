@@ -13,27 +13,26 @@ Axis key: N source stream, M destination stream, D width, J mixing logits. Leadi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mhcjax import coefficients, kernels
-from mhcjax.coefficients import Dynamic, Fixed, Params, Sizes, Static, check_choice
-from mhcjax.manifolds import Brief, Manifold, manifold_of, reference
+from mhcjax.coefficients import Dynamic, Fixed, Params, check_choice
+from mhcjax.manifolds import manifold_of, reference
+from mhcjax.spec import RULES, VECTOR_MAPS, Connection, Rule
 
 __all__ = [
-    "Connection",
-    "LearnedHead",
     "Mix",
     "connect",
     "connect_carried",
+    "connect_single_pass",
     "first_pre",
-    "init",
     "mix",
     "mix_and_read",
     "operand",
@@ -41,142 +40,7 @@ __all__ = [
     "write",
 ]
 
-Rule = Literal["add_first", "mix_first"]
-
-RULES = ("add_first", "mix_first")
-ENTRIES = ("repeat", "stream_embedding", "scaled_noise")
-EXITS = ("mean", "sum", "attention_pool", "last_pre")
-IMPLEMENTATIONS = (None, "xla", "reference")
-
-# Logits -> pre or post, with the count of logits. The last two are JPmHC's: N x N matrices whose
-# reads are averaged and whose writes are added up.
-VECTOR_MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "sigmoid": jax.nn.sigmoid,
-    "linear": lambda l: l,
-    "softmax": partial(jax.nn.softmax, axis=-1),
-}
-READS = (*VECTOR_MAPS, "row_softmax")
-WRITES = (*VECTOR_MAPS, "column_softmax")
-
-
-# --------------------------------------------------------------------------------------------------
-# The specification: frozen, hashable, readable when printed
-
-
-@dataclass(frozen=True, repr=False)
-class LearnedHead(Brief):
-    """Exit `sum_n w_n x_n`, `w = sigmoid(scale * norm(x) @ projection + bias) + eps` (DeepSeek-V4).
-
-    `norm_eps` is inside the root; `projection`, `projection_by` and `scale` as in `Init`.
-    """
-
-    norm_eps: float = 1e-6
-    eps: float = 1e-6
-    projection: float = 0.02
-    projection_by: Literal["std", "fan_in", "xavier"] = "std"
-    scale: float = 1.0
-    precision: Literal["highest", "high", "default"] = "highest"
-
-
-@dataclass(frozen=True, repr=False)
-class Connection(Brief):
-    """A point of the family: streams, manifold, coefficients, write rule and ends.
-
-    `pre` and `post` name the maps from logits: "sigmoid", "linear", "softmax" over the streams, or
-    JPmHC's "row_softmax" and "column_softmax"; `pre_eps` is added to pre, `post_scale` multiplies
-    post. `carried`: a sublayer reads with the pre that the one before it made (`connect_carried`).
-    `output_gain` multiplies the initial standard deviation of the sublayers' output projections.
-
-    >>> Connection(streams=4).num_logits
-    24
-
-    Raises ValueError for any field that names nothing known, with the choices.
-    """
-
-    always = ("streams", "manifold", "coefficients", "rule")
-
-    streams: int = 2
-    manifold: str | Manifold = "permutations"
-    coefficients: Static | Fixed | Dynamic = Static()
-    rule: Rule = "add_first"
-    post_scale: float = 2.0
-    entry: str = "repeat"
-    exit: str | LearnedHead = "mean"
-    pre: str = "sigmoid"
-    post: str = "sigmoid"
-    pre_eps: float = 0.0
-    carried: bool = False
-    output_gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.streams, int) or self.streams < 1:
-            raise ValueError(f"streams is {self.streams!r}: give a whole number of at least 1")
-        check_choice("rule", self.rule, RULES)
-        check_choice("entry", self.entry, ENTRIES)
-        check_choice("pre", self.pre, READS)
-        check_choice("post", self.post, WRITES)
-        if self.exit == "learned_head":
-            object.__setattr__(self, "exit", LearnedHead())
-        if not isinstance(self.exit, LearnedHead):
-            check_choice("exit", self.exit, (*EXITS, "learned_head"))
-        for name in ("post_scale", "output_gain"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a positive number")
-        if self.pre_eps < 0:
-            raise ValueError(f"pre_eps is {self.pre_eps!r}: give a number of at least 0")
-        if self.exit == "last_pre" and not self.carried:
-            raise ValueError(
-                'exit "last_pre" needs a carried pre: set carried=True, or name single_pass'
-            )
-        if not isinstance(self.coefficients, Static | Fixed | Dynamic):
-            raise ValueError(
-                f"coefficients is {self.coefficients!r}: give Static(), Dynamic() or Fixed()"
-            )
-        logits = manifold_of(self.manifold).num_logits(self.streams)
-        if isinstance(self.coefficients, Fixed) and logits:
-            raise ValueError(
-                f"fixed coefficients leave no logits for manifold {self.manifold!r}: "
-                'use manifold="identity", or Static()'
-            )
-        own = (self.streams, self.streams, self.streams**2)
-        if getattr(self.coefficients, "per_stream", False) and self.sizes[:3] != own:
-            raise ValueError(
-                f"per_stream gives each stream one pre, one post and {self.streams} logits of "
-                f"res, but this connection has {self.sizes[:3]}: use per_stream=False"
-            )
-
-    @property
-    def num_logits(self) -> int:
-        """J, the logits of one `res`."""
-        return manifold_of(self.manifold).num_logits(self.streams)
-
-    @property
-    def sizes(self) -> Sizes:
-        """The counts of logits of pre, post and res, and of the parts of res."""
-        square = self.streams**2
-        manifold = manifold_of(self.manifold)
-        parts = getattr(manifold, "parts", lambda streams: (self.num_logits,))
-        return Sizes(
-            square if self.pre == "row_softmax" else self.streams,
-            square if self.post == "column_softmax" else self.streams,
-            self.num_logits,
-            parts(self.streams),
-        )
-
-    def shapes(self, width: int) -> dict[str, tuple]:
-        """The shape of every parameter of one sublayer."""
-        found = coefficients.shapes(self.coefficients, self.sizes, self.streams, width)
-        if self.has_alpha:
-            del found["res_logits"]
-            found["alpha_logit"] = ()
-        return found
-
-    @property
-    def has_alpha(self) -> bool:
-        """N=2, static, permutations: one scalar stands for the two logits, of which one is a
-        gauge."""
-        is_static = isinstance(self.coefficients, Static) and self.streams == 2
-        return is_static and manifold_of(self.manifold) == manifold_of("permutations")
+IMPLEMENTATIONS = (None, "pallas", "xla", "reference")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("pre", "post", "res"), meta_fields=())
@@ -205,64 +69,6 @@ class Mix:
 
 
 # --------------------------------------------------------------------------------------------------
-# Parameters
-
-
-def init(
-    spec: Connection,
-    *,
-    width: int,
-    layer: int = 0,
-    layers: int = 1,
-    key: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-) -> Params:
-    """Parameters of sublayer `layer` of `layers`, a dict of arrays.
-
-    Static: `pre_logits[N]`, `post_logits[N]`, `res_logits[J]`. At N=2 with permutations the scalar
-    `alpha_logit[]` stands for `res_logits = [alpha_logit, 0]`. A manifold without logits has no
-    `res_logits`; Fixed has no parameters. Dynamic adds `projection`, `scale` and `gain`, see there.
-    Attention of block b is layer 2b, its MLP 2b + 1.
-
-    >>> sorted(init(Connection(), width=8, layer=0, layers=2))
-    ['alpha_logit', 'post_logits', 'pre_logits']
-
-    Raises ValueError where a projection is drawn at random and no key is given.
-    """
-    if not 0 <= layer < layers:
-        raise ValueError(f"layer is {layer} of {layers}: layers count from 0")
-    if isinstance(spec.coefficients, Fixed):
-        return {}
-    start, streams = spec.coefficients.init, spec.streams
-    manifold = manifold_of(spec.manifold)
-    res = start.res
-    if start.keep is not None:
-        if not hasattr(manifold, "identity_gap"):
-            raise ValueError(
-                f"manifold {spec.manifold!r} knows no gap that keeps {start.keep} of the streams' "
-                "difference: give Init(res=...) in place of keep"
-            )
-        res = (manifold.identity_gap(streams, start.keep ** (1 / layers)), 0.0)
-    params = {}
-    for name, shape in spec.shapes(width).items():
-        if name in ("pre_logits", "post_logits"):
-            # The matrices of JPmHC, one row of logits a stream, favour a column.
-            favoured = np.arange(shape[0]) % streams == start.favourite_stream(layer, streams)
-            pair = start.pre if name == "pre_logits" else start.post
-            params[name] = jnp.asarray(np.where(favoured, *pair), dtype)
-        elif name == "alpha_logit":
-            params[name] = jnp.asarray(res[0] - res[1], dtype)
-        elif name == "res_logits":
-            identity = manifold.identity_logits(streams)
-            params[name] = jnp.asarray(np.where(identity, *res), dtype)
-        elif name == "projection":
-            params[name] = coefficients.draw(start, shape, key, dtype)
-        else:
-            params[name] = jnp.full(shape, start.scale if name == "scale" else 1.0, dtype)
-    return params
-
-
-# --------------------------------------------------------------------------------------------------
 # Coefficients
 
 
@@ -277,40 +83,105 @@ def mix(
     The logits are parameters (Static) or the streams' own (Dynamic, one set a token). At least
     float32; float64 where streams or parameters are.
 
+    >>> from mhcjax.spec import init
     >>> spec = Connection()
     >>> mix(spec, init(spec, width=8), jnp.ones((2, 8))).res.tolist()
     [[0.5, 0.5], [0.5, 0.5]]
 
     Raises ValueError where `x` or a parameter has not the shape that `spec` asks for.
     """
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    ready = _ready(spec, params, x)
+    if ready is None:
+        # Wider ones at N=1 would let XLA leave a bfloat16 y unrounded: not the residual to the bit.
+        wide = jnp.promote_types(jnp.float32, x.dtype)
+        ones = jnp.ones(spec.streams, x.dtype if spec.streams == 1 else wide)
+        return Mix(ones, ones, jnp.eye(spec.streams, dtype=ones.dtype))
+    how = _implementation(implementation, spec, ready, x)
+    if how == "pallas" and isinstance(spec.coefficients, Dynamic):
+        return Mix(*kernels.mix(*_on_kernels(spec, ready, x))[1:])
+    assert not isinstance(spec.coefficients, Fixed)
+    logits = coefficients.logits(spec.coefficients, spec.sizes, ready, x)
+    return Mix(*_maps(spec, logits, how))
+
+
+def _ready(spec: Connection, params: Params, x: jax.Array) -> Params | None:
+    """The parameters, checked, in the dtype that coefficients are made in; None: there are none."""
     if x.ndim < 2 or x.shape[-2] != spec.streams:
         raise ValueError(
             f"the streams have shape {x.shape}: the connection wants [..., {spec.streams}, width]"
         )
-    dtype = jnp.promote_types(
-        jnp.float32, jnp.result_type(x.dtype, *(p.dtype for p in params.values()))
-    )
     if isinstance(spec.coefficients, Fixed):
-        # Wider ones at N=1 would let XLA leave a bfloat16 y unrounded: not the residual to the bit.
-        ones = jnp.ones(spec.streams, x.dtype if spec.streams == 1 else dtype)
-        return Mix(ones, ones, jnp.eye(spec.streams, dtype=ones.dtype))
+        return None
     wanted, found = spec.shapes(x.shape[-1]), {name: p.shape for name, p in params.items()}
     if wanted != found:
         raise ValueError(f"the parameters have shapes {found}: the connection wants {wanted}")
-    params = {name: p.astype(dtype) for name, p in params.items()}
-    if spec.has_alpha:
-        alpha_logit = params["alpha_logit"]
-        params["res_logits"] = jnp.stack([alpha_logit, jnp.zeros_like(alpha_logit)])
-    pre, post, res = coefficients.logits(spec.coefficients, spec.sizes, params, x)
-    manifold = manifold_of(spec.manifold)
-    if implementation == "reference":
-        manifold = reference(manifold)
-    return Mix(
-        pre=_coefficient(spec.pre, pre, spec.streams) + spec.pre_eps,
-        post=spec.post_scale * _coefficient(spec.post, post, spec.streams),
-        res=manifold.matrix(res, spec.streams),
+    dtype = jnp.promote_types(
+        jnp.float32, jnp.result_type(x.dtype, *(p.dtype for p in params.values()))
     )
+    ready = {name: p.astype(dtype) for name, p in params.items()}
+    if spec.has_alpha:
+        alpha_logit = ready["alpha_logit"]
+        ready["res_logits"] = jnp.stack([alpha_logit, jnp.zeros_like(alpha_logit)])
+    return ready
+
+
+def _maps(
+    spec: Connection, logits: Sequence[jax.Array], how: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(pre, post, res) of their logits."""
+    manifold = manifold_of(spec.manifold)
+    if how == "reference":
+        manifold = reference(manifold)
+    pre, post, res = logits
+    return (
+        _coefficient(spec.pre, pre, spec.streams) + spec.pre_eps,
+        spec.post_scale * _coefficient(spec.post, post, spec.streams),
+        manifold.matrix(res, spec.streams),
+    )
+
+
+@dataclass(frozen=True)
+class _OfProducts:
+    """(pre, post, res) of one token, of the products that a kernel makes of its streams."""
+
+    spec: Connection
+    inputs: int
+
+    def __call__(
+        self, z: jax.Array, mean_square: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        c = self.spec.coefficients
+        assert isinstance(c, Dynamic)
+        logits = coefficients.of_products(c, self.spec.sizes, self.inputs, z, mean_square, bias)
+        return _maps(self.spec, logits, "reference")
+
+
+def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...]:
+    """The arguments of `kernels.mix` and `kernels.mix_and_read`."""
+    c = spec.coefficients
+    assert isinstance(c, Dynamic)
+    w, bias = coefficients.linear(c, spec.sizes, spec.streams, ready)
+    # Two bfloat16s hold a weight to 2^-17, five hundred times finer than streams in bfloat16.
+    parts = 1 if c.precision == "default" else 2
+    return _OfProducts(spec, spec.streams * x.shape[-1]), parts, x, w, bias
+
+
+def _implementation(
+    implementation: str | None, spec: Connection, ready: Params, x: jax.Array
+) -> str:
+    """What runs: "pallas" on a GPU where coefficients depend on the token and the kernels take the
+    arrays. With shared ones XLA fuses read and write into their neighbours, which is faster."""
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation in ("xla", "reference"):
+        return implementation
+    c, reason = spec.coefficients, kernels.unfit(x, ready["pre_logits"])
+    if reason is None and isinstance(c, Dynamic):
+        if c.per_stream or c.tanh or c.norm.kind != "rms":
+            reason = "the coefficients are not linear in the normed streams"
+        else:
+            of = _OfProducts(spec, spec.streams * x.shape[-1])
+            reason = kernels.unfit_token(of, sum(spec.sizes[:3]))
+    return kernels.choose(implementation, reason, preferred=isinstance(c, Dynamic))
 
 
 def _coefficient(how: str, logits: jax.Array, streams: int) -> jax.Array:
@@ -337,10 +208,9 @@ def read(x: jax.Array, mix: Mix, *, implementation: str | None = None) -> jax.Ar
 
     Computed in the dtype of the coefficients, returned in that of `x`.
     """
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    _check_streams(x, mix)
-    if implementation != "reference":
-        return kernels.read(x, mix.pre)
+    how = _mixed_by(implementation, x, mix)
+    if how != "reference":
+        return kernels.read(x, mix.pre, how)
     wide = x.astype(mix.pre.dtype)
     return jnp.einsum("...n,...nd->...d", mix.pre, wide, precision="highest").astype(x.dtype)
 
@@ -362,22 +232,25 @@ def write(
 
     Computed in the dtype of the coefficients, returned in that of `x`.
     """
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_choice("rule", rule, RULES)
-    _check_streams(x, mix)
+    how = _mixed_by(implementation, x, mix)
     if y.shape != (*x.shape[:-2], x.shape[-1]):
         raise ValueError(
             f"the sublayer returned shape {y.shape} for streams {x.shape}: "
             f"it must be {(*x.shape[:-2], x.shape[-1])}"
         )
-    if implementation != "reference":
-        return kernels.write(x, y, mix.res, fold_post(mix) if rule == "add_first" else mix.post)
+    if how != "reference":
+        return kernels.write(x, y, mix.res, _folded(mix, rule), how)
     wide, y_wide = x.astype(mix.res.dtype), y.astype(mix.res.dtype)
     mixed = operand(wide, y_wide, mix, rule=rule)
     out = jnp.einsum("...mn,...nd->...md", mix.res, mixed, precision="highest")
     if rule == "mix_first":
         out = out + mix.post[..., None] * y_wide[..., None, :]
     return out.astype(x.dtype)
+
+
+def _folded(mix: Mix, rule: Rule) -> jax.Array:
+    return fold_post(mix) if rule == "add_first" else mix.post
 
 
 def fold_post(mix: Mix) -> jax.Array:
@@ -398,11 +271,17 @@ def operand(x: jax.Array, y: jax.Array, mix: Mix, *, rule: Rule) -> jax.Array:
     return x if rule == "mix_first" else x + mix.post[..., None] * y[..., None, :]
 
 
-def _check_streams(x: jax.Array, mix: Mix) -> None:
+def _mixed_by(implementation: str | None, x: jax.Array, mix: Mix) -> str:
+    """What reads and writes with this mix; see `_implementation`."""
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if x.ndim < 2 or x.shape[-2] != mix.pre.shape[-1]:
         raise ValueError(
             f"the streams have shape {x.shape}: the mix wants [..., {mix.pre.shape[-1]}, width]"
         )
+    if implementation in ("xla", "reference"):
+        return implementation
+    reason = kernels.unfit(x, mix.pre, mix.post, mix.res)
+    return kernels.choose(implementation, reason, preferred=mix.pre.ndim > 1)
 
 
 def mix_and_read(
@@ -410,13 +289,29 @@ def mix_and_read(
 ) -> tuple[Mix, jax.Array]:
     """`mix` and `read` as one call, which a kernel may fuse; -> (mix, u[..., D]).
 
+    >>> from mhcjax.spec import init
     >>> spec = Connection()
     >>> m, u = mix_and_read(spec, init(spec, width=8), jnp.ones((2, 8)))
     >>> u.shape
     (8,)
     """
+    return _passed(spec, params, x, implementation=implementation)[1:]
+
+
+def _passed(
+    spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
+) -> tuple[jax.Array, Mix, jax.Array]:
+    """(x, mix, u). A kernel adds to the cotangent of the x that it passes on, in one buffer."""
+    ready = _ready(spec, params, x)
+    if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
+        if isinstance(spec.coefficients, Dynamic):
+            x, u, *m = kernels.mix_and_read(*_on_kernels(spec, ready, x))
+            return x, Mix(*m), u
+        m = mix(spec, params, x, implementation=implementation)
+        x, u = kernels.read_on(x, m.pre)
+        return x, m, u
     m = mix(spec, params, x, implementation=implementation)
-    return m, read(x, m, implementation=implementation)
+    return x, m, read(x, m, implementation=implementation)
 
 
 def connect(
@@ -433,13 +328,14 @@ def connect(
     `f` maps u[..., D] to y[..., D] and does its own normalisation. With `has_aux` it returns
     (y, aux) (a KV cache, a loss) and `connect` returns (x, aux), as `jax.grad` does.
 
+    >>> from mhcjax.spec import init
     >>> spec = Connection()
     >>> connect(spec, init(spec, width=8), jnp.tanh, jnp.ones((5, 2, 8))).shape
     (5, 2, 8)
     """
     if spec.carried:
         raise ValueError("this connection carries pre between sublayers: use connect_carried")
-    m, u = mix_and_read(spec, params, x, implementation=implementation)
+    x, m, u = _passed(spec, params, x, implementation=implementation)
     out = f(u)
     y, aux = out if has_aux else (out, None)
     x = write(x, y, m, rule=spec.rule, implementation=implementation)
@@ -462,6 +358,7 @@ def connect_carried(
     (DeepSeek-V4.1, arXiv 2609.19969, section 2.4.1). Without `pre` the first stream is read. With
     `has_aux` -> (x, pre, aux).
 
+    >>> from mhcjax.spec import init
     >>> spec = Connection(carried=True)
     >>> x, pre = connect_carried(spec, init(spec, width=8), jnp.tanh, jnp.ones((5, 2, 8)))
     >>> x.shape, pre.shape
@@ -478,6 +375,59 @@ def connect_carried(
     x = write(x, y, m, rule=spec.rule, implementation=implementation)
     own = jnp.broadcast_to(m.pre, (*x.shape[:-2], spec.streams))
     return (x, own, aux) if has_aux else (x, own)
+
+
+def connect_single_pass(
+    spec: Connection,
+    params: Params,
+    f: Callable[[jax.Array], Any],
+    x: jax.Array,
+    u: jax.Array | None = None,
+    *,
+    has_aux: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """`connect_carried` with what the next sublayer reads in place of its pre; -> (x, next u).
+
+    The next `u = sum_n pre[n] x[n]` is made of the streams that this sublayer writes, so one pass
+    writes them and reads them. Without `u[..., D]` the first stream is read. With `has_aux` ->
+    (x, u, aux). After the last sublayer u is what the exit "last_pre" returns.
+
+    >>> from mhcjax.spec import init
+    >>> spec = Connection(carried=True)
+    >>> x, u = connect_single_pass(spec, init(spec, width=8), jnp.tanh, jnp.ones((5, 2, 8)))
+    >>> x.shape, u.shape
+    ((5, 2, 8), (5, 8))
+    """
+    if not spec.carried:
+        raise ValueError("this connection reads with its own pre: use connect")
+    x, m = _passed_mix(spec, params, x, implementation=implementation)
+    out = f(x[..., 0, :] if u is None else u)
+    y, aux = out if has_aux else (out, None)
+    x, u = _write_and_read(x, y, m, rule=spec.rule, implementation=implementation)
+    return (x, u, aux) if has_aux else (x, u)
+
+
+def _passed_mix(
+    spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
+) -> tuple[jax.Array, Mix]:
+    """(x, mix), as `_passed`."""
+    ready = _ready(spec, params, x)
+    if ready is not None and isinstance(spec.coefficients, Dynamic):  # noqa: SIM102
+        if _implementation(implementation, spec, ready, x) == "pallas":
+            x, *m = kernels.mix(*_on_kernels(spec, ready, x))
+            return x, Mix(*m)
+    return x, mix(spec, params, x, implementation=implementation)
+
+
+def _write_and_read(
+    x: jax.Array, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """`write`, and `read` of what it wrote with the pre of the same mix."""
+    if _mixed_by(implementation, x, mix) == "pallas":
+        return kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
+    x = write(x, y, mix, rule=rule, implementation=implementation)
+    return x, read(x, mix, implementation=implementation)
 
 
 def first_pre(x: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mhcjax.connections import Connection
 from mhcjax.manifolds import Marginals, exact, manifold_of
+from mhcjax.spec import Connection
 
 __all__ = [
     "CopyRate",

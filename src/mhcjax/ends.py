@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from mhcjax import kernels
-from mhcjax.coefficients import Norm, Params, draw, project
-from mhcjax.connections import ENTRIES, EXITS, Connection, LearnedHead, check_choice
+from mhcjax.coefficients import Norm, Params, check_choice, draw, project
+from mhcjax.spec import ENTRIES, EXITS, Connection, LearnedHead
 
 __all__ = ["collapse", "expand", "init_ends"]
 

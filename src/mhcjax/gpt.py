@@ -23,6 +23,7 @@ from flax import nnx
 from mhcjax import connections, ends, head, layers, presets, sharding
 from mhcjax.config import ModelConfig, check_ranges
 from mhcjax.layers import rms_norm
+from mhcjax.spec import Connection, init
 
 __all__ = [
     "AXES",
@@ -72,7 +73,7 @@ class Sublayer(NamedTuple):
     y: jax.Array
 
 
-def connection_of(config: ModelConfig) -> connections.Connection:
+def connection_of(config: ModelConfig) -> Connection:
     """The connection that the config names.
 
     >>> connection_of(ModelConfig()).streams
@@ -152,9 +153,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each behind its own connection."""
 
-    def __init__(
-        self, config: ModelConfig, spec: connections.Connection, *, key: jax.Array
-    ) -> None:
+    def __init__(self, config: ModelConfig, spec: Connection, *, key: jax.Array) -> None:
         keys = jax.random.split(key, 4)
         self.spec, self.implementation = spec, config.connection.implementation
         self.attention = Attention(config, spec.output_gain, key=keys[0])
@@ -178,36 +177,36 @@ class Block(nnx.Module):
             yield name, {leaf: param[...] for leaf, param in params.items()}, f
 
     def connect(
-        self, params: connections.Params, f: Callable, x: jax.Array, pre: jax.Array | None
+        self, params: connections.Params, f: Callable, x: jax.Array, u: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, Any]:
-        """(streams, pre where the connection carries it, what f returns beside its output)."""
+        """(streams, what the next sublayer reads where pre is carried, what f returns beside)."""
         how: dict[str, Any] = {"has_aux": True, "implementation": self.implementation}
         if self.spec.carried:
-            return connections.connect_carried(self.spec, params, f, x, pre, **how)
+            return connections.connect_single_pass(self.spec, params, f, x, u, **how)
         x, aux = connections.connect(self.spec, params, f, x, **how)
         return x, None, aux
 
     def __call__(
         self,
         x: jax.Array,
-        pre: jax.Array | None,
+        u: jax.Array | None,
         positions_BT: jax.Array,
         cache: Cache | None,
         layer: Any,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
         for name, params, f in self.sublayers(positions_BT, cache, layer):
             with jax.named_scope(name):
-                x, pre, aux = self.connect(params, f, x, pre)
+                x, u, aux = self.connect(params, f, x, u)
             cache = aux if name == "attention" else cache
-        return x, pre, cache
+        return x, u, cache
 
 
 def _connection_params(
-    config: ModelConfig, spec: connections.Connection, offset: int, *, key: jax.Array
+    config: ModelConfig, spec: Connection, offset: int, *, key: jax.Array
 ) -> nnx.Dict:
     """The connection of sublayer `offset` of every block, stacked."""
     layers = [
-        connections.init(
+        init(
             spec,
             width=config.width,
             layer=2 * block + offset,
@@ -238,12 +237,12 @@ class GPT(nnx.Module):
         self.exit = nnx.Dict({name: nnx.Param(a) for name, a in own["exit"].items()})
 
     def _enter(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Tokens -> (streams x[B, T, N, D], the first pre where it is carried)."""
+        """Tokens -> (streams x[B, T, N, D], what the first sublayer reads where pre is carried)."""
         dtype = jnp.dtype(self.config.dtype)
         u_BTD = _look_up(self.embedding[...], tokens_BT, dtype)
         params = {name: p[...] for name, p in self.entry.items()}
         x = ends.expand(u_BTD, self.spec.streams, self.spec.entry, params)
-        return x, connections.first_pre(x) if self.spec.carried else None
+        return x, x[..., 0, :] if self.spec.carried else None
 
     def features(
         self,
@@ -260,28 +259,28 @@ class GPT(nnx.Module):
         positions = _positions(tokens_BT) if positions_BT is None else positions_BT
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
 
-        def run(params: Any, layer: Any, x: jax.Array, pre: Any, cache: Cache | None) -> tuple:
-            return nnx.merge(graphdef, params)(x, pre, positions, cache, layer)
+        def run(params: Any, layer: Any, x: jax.Array, u: Any, cache: Cache | None) -> tuple:
+            return nnx.merge(graphdef, params)(x, u, positions, cache, layer)
 
         if self.config.remat:
             run = jax.checkpoint(run)
-        x, pre = self._enter(tokens_BT)
+        x, u = self._enter(tokens_BT)
         if self.config.walk == "loop":
             for layer, params in enumerate(_unstack(stacked, self.config.layers)):
-                x, pre, cache = run(params, layer, x, pre, cache)
+                x, u, cache = run(params, layer, x, u, cache)
         else:
 
             def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
                 return run(*inputs, *carry), None
 
             layers = jnp.arange(self.config.layers)
-            (x, pre, cache), _ = jax.lax.scan(step, (x, pre, cache), (stacked, layers))
-        return self._leave(x, pre), cache
+            (x, u, cache), _ = jax.lax.scan(step, (x, u, cache), (stacked, layers))
+        return self._leave(x, u), cache
 
-    def _leave(self, x: jax.Array, pre: jax.Array | None) -> jax.Array:
+    def _leave(self, x: jax.Array, u: jax.Array | None) -> jax.Array:
+        if u is not None and self.spec.exit == "last_pre":
+            return rms_norm(u)
         params = {name: p[...] for name, p in self.exit.items()}
-        if pre is not None and self.spec.exit == "last_pre":
-            params["pre"] = pre
         return rms_norm(ends.collapse(x, self.spec.exit, params))
 
     @property
@@ -305,13 +304,13 @@ class GPT(nnx.Module):
         """Every sublayer's streams, operand of res, mix and output, and the streams at the exit."""
         positions = _positions(tokens_BT)
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
-        x, pre = self._enter(tokens_BT)
+        x, u = self._enter(tokens_BT)
         records = []
         for layer, own in enumerate(_unstack(stacked, self.config.layers)):
             block = nnx.merge(graphdef, own)
             for _, params, f in block.sublayers(positions, None, layer):
                 m = connections.mix(self.spec, params, x, implementation=block.implementation)
-                after, pre, y = block.connect(params, partial(_twice, f), x, pre)
+                after, u, y = block.connect(params, partial(_twice, f), x, u)
                 mixed = connections.operand(x, y, m, rule=self.spec.rule)
                 records.append(Sublayer(x, mixed, m, y))
                 x = after

@@ -15,9 +15,9 @@ import optax
 import optax.contrib
 
 from mhcjax.config import ModelConfig, OptimConfig
-from mhcjax.connections import Connection
 from mhcjax.diagnostics import dead_leaves
 from mhcjax.gpt import SUBLAYERS
+from mhcjax.spec import Connection
 
 __all__ = [
     "GROUPS",

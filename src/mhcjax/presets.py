@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from mhcjax.coefficients import Fixed, Init, Static
-from mhcjax.connections import Connection
 from mhcjax.published import (
     KEEP,
     cmhc,
@@ -35,6 +34,7 @@ from mhcjax.published import (
     single_pass,
     tbp,
 )
+from mhcjax.spec import Connection
 
 __all__ = [
     "PRESETS",

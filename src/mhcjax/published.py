@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mhcjax.coefficients import Dynamic, Init, Norm, Static
-from mhcjax.connections import Connection, LearnedHead
 from mhcjax.manifolds import (
     Circulant,
     Identity,
@@ -30,6 +29,7 @@ from mhcjax.manifolds import (
     Transposed,
     Unconstrained,
 )
+from mhcjax.spec import Connection, LearnedHead
 
 __all__ = [
     "KEEP",

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhcjax.coefficients import Dynamic, Fixed, Params, check_choice
-from mhcjax.connections import RULES, Connection, Mix, Rule, fold_post, mix
+from mhcjax.connections import Mix, fold_post, mix
+from mhcjax.spec import RULES, Connection, Rule
 
 __all__ = ["convert_params", "convert_rule"]
 
@@ -53,7 +54,7 @@ def convert_params(spec: Connection, params: Params, *, to: Rule) -> tuple[Conne
     where post is linear. Raises ValueError, naming the sublayer, where post' is not inside
     (0, post_scale) or res is singular, and for dynamic mixes, whose post is made per token.
 
-    >>> from mhcjax.connections import init
+    >>> from mhcjax.spec import init
     >>> spec = Connection()
     >>> convert_params(spec, init(spec, width=8), to="mix_first")[0].rule
     'mix_first'

@@ -152,8 +152,8 @@ def _divided(spec: Sinkhorn, k: jax.Array, axis: int) -> jax.Array:
     k = jnp.where(k > 0, k, 0)
     sums = jnp.sum(k, axis=axis, keepdims=True)
     if spec.eps and not spec.clamp:
-        return k / (sums + spec.eps)
-    return k / jnp.maximum(sums, max(spec.eps, float(jnp.finfo(k.dtype).tiny)))
+        return k * (1 / (sums + spec.eps))  # N divisions, not N^2
+    return k * (1 / jnp.maximum(sums, max(spec.eps, float(jnp.finfo(k.dtype).tiny))))
 
 
 def _forward(spec: Sinkhorn, logits: jax.Array) -> jax.Array:
