@@ -44,6 +44,8 @@ ORDER = [
     "data",
     "optim",
     "train",
+    "costs",
+    "plan",
     "sample",
     "audit",
     "plots",

@@ -150,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="explain a connection by its preset's name: formula, parameters, bytes, init",
     )
+    p.add_argument(
+        "--mesh",
+        metavar="data=64,model=8",
+        help="plan for that mesh: memory, collectives and, with --device, the step's time",
+    )
     p.add_argument("--no-compile", action="store_true", help="leave out the memory of the step")
     p.add_argument("--json", action="store_true", help="print JSON")
     _add_config(p)
@@ -315,15 +320,19 @@ def _row(values: Sequence[float]) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from mhcjax import audit, gpt, optim, train
+    from mhcjax import audit, costs, gpt, optim, plan, train
 
     config = override(preset(args.preset), _overrides(args))
+    if args.mesh:
+        config = override(config, costs.parse_mesh(args.mesh))
     if args.connection:
         # By itself: the init of the model's preset is not the connection's own.
         own = {"model.connection.preset": args.connection, "model.connection.init": None}
         config = override(config, {**own, **_overrides(args)})
         spec = gpt.connection_of(config.model)
         rows = audit.connection_info(spec, width=config.model.width, layers=2 * config.model.layers)
+    elif args.mesh:
+        rows = audit.info(config, device=args.device) | plan.info(config, device=args.device)
     elif args.no_compile:
         rows = audit.info(config, device=args.device)
     else:
@@ -333,21 +342,25 @@ def _info(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    flat = []
+    flat: list[tuple[str, str]] = []
     for name, value in rows.items():
         if isinstance(value, dict):
-            flat += [
-                (f"  {key}", f"{n:,}" if isinstance(n, int) else f"{n}") for key, n in value.items()
-            ]
+            flat.append((name, ""))
+            flat += [(f"  {key}", _figure(n)) for key, n in value.items()]
         elif isinstance(value, list):
             flat += [(name if not k else "", line) for k, line in enumerate(value or ["none"])]
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            flat.append((name, str(value)))
         else:
-            flat.append((name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"))
-    for name, value in flat:
-        print(f"{name:<{max(34, *(len(n) for n, _ in flat))}} {value}")
+            flat.append((name, _figure(value)))
+    wide = max(34, *(len(name) for name, _ in flat))
+    for name, shown in flat:
+        print(f"{name:<{wide}} {shown}".rstrip())
     return 0
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _table(rows: list[dict[str, str]]) -> None:
