@@ -34,6 +34,7 @@ ORDER = [
     "testing",
     "config",
     "sharding",
+    "processes",
     "head",
     "layers",
     "gpt",
@@ -70,7 +71,7 @@ PACKAGE_LEVEL = ORDER.index("diagnostics")
 # What a module may import besides the standard library and mhcjax; others: what pyproject declares.
 # NumPy counts with JAX, which cannot be installed without it.
 THIRD_PARTY = {
-    **{name: {"jax", "numpy"} for name in ["__init__", *CORE, "sharding"]},
+    **{name: {"jax", "numpy"} for name in ["__init__", *CORE, "sharding", "processes"]},
     "kernels": {"jax"},
     "converters": {"numpy"},
     "testing": {"jax", "numpy", "hypothesis", "chex"},

@@ -338,7 +338,7 @@ def test_make_mesh(data, model, shape):
         (0, 1, "mesh data=0, model=1: give at least 1 for each"),
         (1, -2, "mesh data=1, model=-2: give at least 1 for each"),
         (None, 3, "mesh.model 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
-        (8, 2, "mesh data=8 x model=2 wants 16 devices, 8 are here: lower mesh.data or mesh.model"),
+        (8, 2, "mesh data=8 x model=2 wants 16 devices, 8 are here: give mesh.data at most 4"),
     ],
 )
 def test_meshes_that_cannot_be(data, model, message):

@@ -6,13 +6,14 @@ hidden and vocabulary over `model`; width over `data` too where parameters are s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["make_mesh", "partition", "replicated", "tree_shardings"]
+__all__ = ["divisors", "make_mesh", "partition", "replicated", "tree_shardings"]
 
 AXIS_OF_LETTER = {"B": "data", "H": "model", "F": "model", "V": "model"}
 
@@ -30,17 +31,31 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
     devices = jax.devices() if devices is None else devices
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh data={data}, model={model}: give at least 1 for each")
+    count = len(devices)
     if data is None:
-        if len(devices) % model:
+        if count % model:
             raise ValueError(
-                f"mesh.model {model} does not divide the {len(devices)} devices: "
-                f"use one of {[m for m in range(1, len(devices) + 1) if len(devices) % m == 0]}"
+                f"mesh.model {model} does not divide the {count} devices: "
+                f"use one of {divisors(count)}"
             )
-        data = len(devices) // model
-    if data * model > len(devices):
+        data = count // model
+    size = data * model
+    if size > count:
+        fits = (
+            f"mesh.data at most {count // model}"
+            if model <= count
+            else f"mesh.model {count // data}"
+            if data <= count
+            else f"data x model at most {count}"
+        )
         raise ValueError(
-            f"mesh data={data} x model={model} wants {data * model} devices, "
-            f"{len(devices)} are here: lower mesh.data or mesh.model"
+            f"mesh data={data} x model={model} wants {size} devices, {count} are here: give {fits}"
+        )
+    idle = {d.process_index for d in devices[size:]} - {d.process_index for d in devices[:size]}
+    if idle:
+        raise ValueError(
+            f"mesh data={data} x model={model} takes {size} of {count} devices and none of process "
+            f"{min(idle)}: give mesh.model one of {divisors(count)} and leave mesh.data out"
         )
     # Auto axes: Explicit, the default of make_mesh, breaks embedding lookups.
     return jax.make_mesh(
@@ -49,6 +64,16 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
         axis_types=(AxisType.Auto,) * 2,
         devices=devices[: data * model],
     )
+
+
+def divisors(*sizes: int, most: int | None = None) -> list[int]:
+    """What divides all of the sizes, up to `most`.
+
+    >>> divisors(12, 8)
+    [1, 2, 4]
+    """
+    common = math.gcd(*sizes)
+    return [n for n in range(1, min(common, most or common) + 1) if common % n == 0]
 
 
 def partition(letters: str, *, shard_params: bool = False) -> PartitionSpec:

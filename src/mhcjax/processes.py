@@ -1,0 +1,447 @@
+"""Several processes of one run: join, agree, place rows, keep watch, leave.
+
+JAX does the work: `jax.distributed` joins the processes and hears their heartbeats, its collectives
+carry what they agree on. Process 0 leads: it alone decides and writes what there is one of. With
+one process everything here is a plain call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+__all__ = [
+    "Stop",
+    "agreed",
+    "announced",
+    "first",
+    "gather",
+    "join",
+    "leads",
+    "leave",
+    "place",
+    "several",
+    "signals",
+    "verdict",
+    "whole",
+]
+
+PATIENCE = 60.0  # seconds until the processes must have found each other
+HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+LOST = 3  # exit code of a process that ends because another one is gone
+
+_left = threading.Event()  # the run is over: whoever goes now is not lost
+_threads: list[threading.Thread] = []
+_witness: list[subprocess.Popen] = []
+
+
+def several() -> bool:
+    """Is this one of several processes?
+
+    >>> several()
+    False
+    """
+    return jax.process_count() > 1
+
+
+def leads() -> bool:
+    """Is this the process that decides and writes?
+
+    >>> leads()
+    True
+    """
+    return jax.process_index() == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Join
+
+
+def announced(environment: Mapping[str, str]) -> str | None:
+    """The variable by which a launcher says that it started several processes, None without one.
+
+    >>> announced({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"})
+    'SLURM_NTASKS=2'
+    >>> announced({"SLURM_NTASKS": "2"})  # a batch script, before srun
+
+    An indexed Job of Kubernetes does not say how many, so that its index is enough.
+    """
+    if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
+        return f"JOB_COMPLETION_INDEX={environment['JOB_COMPLETION_INDEX']}"
+    counts = ["OMPI_COMM_WORLD_SIZE"]
+    if "SLURM_STEP_NODELIST" in environment:
+        counts.insert(0, "SLURM_NTASKS")
+    for name in counts:
+        if environment.get(name, "1") != "1":
+            return f"{name}={environment[name]}"
+    return None
+
+
+def _one_per_node(environment: Mapping[str, str]) -> bool:
+    """Does the launcher say that each node has one process? It then takes every device there is;
+    otherwise JAX gives each process the one whose number is the process's own on its node."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks)) or (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    )
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    heartbeat: int = HEARTBEAT,
+    patience: float = PATIENCE,
+) -> None:
+    """Join the other processes of the run, before anything else touches a device.
+
+    `coordinator` is HOST:PORT of process 0. Without it, or where `processes` and `process` are
+    missing, JAX reads what is missing from the environment (Slurm, Open MPI, Kubernetes, TPU);
+    "auto" tells it to, and without a launcher's word (`announced`) one process runs alone. A
+    process that is silent for `heartbeat` seconds counts as dead: the others then end with one line
+    and exit code 3.
+
+    >>> join()  # alone
+
+    Raises ValueError, one sentence, for an address or a number that cannot be. Where the others do
+    not come within `patience` seconds: one line, exit code 2.
+    """
+    word = announced(os.environ)
+    if coordinator is None:
+        if processes is not None or process is not None:
+            raise ValueError("--processes and --process want --coordinator HOST:PORT of process 0")
+        if word is None:
+            return
+        coordinator = "auto"
+    explicit = coordinator != "auto"
+    if explicit:
+        _check(coordinator, processes, process)
+    # Heartbeats that are missed reach `_watch`, not JAX's own end by abort.
+    jax.config.update("jax_enable_recoverability", True)
+    # Its handler of SIGTERM stands in the way of the loop's own.
+    jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(
+        patience, _late, [coordinator if explicit else None, process, word, patience]
+    )
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator if explicit else None,
+            processes,
+            process,
+            # An empty list: all that are here.
+            local_device_ids=[]
+            if None not in (processes, process) or _one_per_node(os.environ)
+            else None,
+            initialization_timeout=2 * math.ceil(patience),
+            heartbeat_timeout_seconds=heartbeat,
+        )
+        names = gather(socket.gethostname())
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        found = f" ({word})" if word else ""
+        raise ValueError(
+            f"JAX cannot join the processes from the environment{found}: "
+            f"{' '.join(str(error).split())[:200]}: give --coordinator HOST:PORT, --processes and "
+            "--process"
+        ) from error
+    finally:
+        late.cancel()
+    if several():
+        _keep_watch(names, coordinator.rsplit(":", 1)[0] if explicit else names[0])
+
+
+def _check(coordinator: str, processes: int | None, process: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator is {coordinator!r}: give HOST:PORT, or auto")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes is {processes}: give at least 1")
+    if process is not None and not 0 <= process < (processes or math.inf):
+        raise ValueError(f"--process is {process}: give 0 to {(processes or 0) - 1}")
+    if process == 0:
+        # Two servers of gRPC can share a port: the processes of two runs would join each other.
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(
+                f"port {port} of --coordinator {coordinator} is taken ({error.strerror}): give "
+                "another"
+            ) from None
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _late(
+    coordinator: str | None, process: int | None, word: str | None, patience: float
+) -> NoReturn:
+    where = coordinator or f"the address that JAX reads from the environment ({word})"
+    host, _, port = (coordinator or ":0").rpartition(":")
+    if process == 0 or (coordinator and _answers(host, int(port))):
+        what = f"not all processes came to {where} within {patience:.0f} s: start the others too"
+    else:
+        what = f"no coordinator at {where} within {patience:.0f} s: start process 0 there"
+    _end(2, f"process {'?' if process is None else process}: {what}, or correct --coordinator")
+
+
+def _end(code: int, line: str) -> NoReturn:
+    _dismiss()
+    sys.stdout.flush()
+    print(f"mhcjax: {line}", file=sys.stderr, flush=True)
+    os._exit(code)  # the main thread may be inside a collective that never ends
+
+
+# --------------------------------------------------------------------------------------------------
+# Keep watch
+
+# The death of process 0 takes JAX's coordination service with it, and JAX then aborts the others at
+# once, in C++. So a small child of each holds the other end of a pipe, and says what happened.
+_WITNESS = """
+import socket, sys
+host, port, line = sys.argv[1:]
+if not sys.stdin.buffer.read():
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except OSError:
+        print(line, file=sys.stderr, flush=True)
+"""
+
+
+def _keep_watch(names: list[str], leader: str) -> None:
+    me = f"process {jax.process_index()} of {len(names)} ({names[jax.process_index()]})"
+    # A port that answers as long as process 0 lives; nobody ever speaks on it.
+    sign = socket.create_server(("", 0)) if leads() else None
+    port = gather(sign.getsockname()[1] if sign else 0)[0]
+    # Where the sign cannot be reached, its silence proves nothing.
+    if not leads() and _answers(leader, port):
+        line = f"mhcjax: {me} ends: process 0 ({names[0]}) is gone; {_REMEDY}"
+        command = [sys.executable, "-ISc", _WITNESS, leader, str(port), line]
+        # A session of its own: Ctrl-C is not for it.
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        _witness.append(child)
+    watch = threading.Thread(target=_watch, args=[me, names, sign], daemon=True)
+    watch.start()
+    _threads.append(watch)
+
+
+_REMEDY = "start all processes again with --resume auto"
+
+
+def _watch(me: str, names: list[str], sign: socket.socket | None) -> None:
+    """Meets the watchers of the others every second; JAX lets those who are silent go."""
+    devices = jax.devices()
+    gone: set[int] = set()
+    while not gone:
+        try:
+            with multihost_utils.live_devices(devices) as alive:
+                gone = {d.process_index for d in devices} - {d.process_index for d in alive}
+                time.sleep(1)
+        except multihost_utils.ProcessFailureError as error:
+            gone = {d.process_index for d in error.failed_devices}
+        except Exception:  # the service itself: JAX is about to abort this process
+            gone = {0}
+        if _left.is_set():
+            return
+    if _left.wait(1):  # they went because the run is over
+        return
+    lost = ", ".join(f"{p} ({names[p]})" for p in sorted(gone))
+    if leads():
+        time.sleep(3)  # the others hear it from the service in this process
+    _end(
+        LOST,
+        f"{me} ends: process{'es' if len(gone) > 1 else ''} {lost} "
+        f"{'are' if len(gone) > 1 else 'is'} gone; {_REMEDY}",
+    )
+
+
+def leave(*, together: bool = True) -> None:
+    """Part from the other processes: at the end of a run, when all have come to it, or, not
+    `together`, after an error of this process (the others then end too).
+
+    >>> leave()
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if together:
+        gather(None)
+    _left.set()
+    if leads() and _threads:
+        # Its service must outlive the others: the watcher waits until JAX has seen them go.
+        _threads[0].join(10 if together else 5)
+    _dismiss()
+    jax.distributed.shutdown()
+
+
+def verdict(seconds: float = HEARTBEAT + 10) -> None:
+    """After an error inside a collective: wait until it is known whether another process is gone.
+    Then this one ends with the line that says so; otherwise the error is its own.
+
+    >>> verdict()  # alone
+    """
+    for thread in _threads:
+        thread.join(seconds)
+
+
+def _dismiss() -> None:
+    """This process says itself what there is to say."""
+    while _witness:
+        _witness.pop().communicate(b"left")
+
+
+# --------------------------------------------------------------------------------------------------
+# Agree
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order; anything that is JSON. All must call it.
+
+    >>> gather({"a": 1})
+    [{'a': 1}]
+    """
+    if not several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    # Powers of two: few programs to compile.
+    padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What process 0 decides, on every process; its ValueError too. The others do not call it.
+
+    >>> agreed(lambda: 7)
+    7
+    """
+    if not several():
+        return decide()
+    value, problem = None, None
+    if leads():
+        try:
+            value = decide()
+        except ValueError as error:
+            problem = str(error)
+    value, problem = gather([value, problem])[0]
+    if problem is not None:
+        raise ValueError(problem)
+    return value
+
+
+def first(make: Callable[[], Any]) -> Any:
+    """What `make` gives, made by process 0 before the others: they find what it left on disk.
+
+    >>> first(lambda: 7)
+    7
+    """
+    made: list[Any] = []
+    agreed(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+@dataclass
+class Stop:
+    """The signal that this process was sent; a second one ends it at once."""
+
+    signal: int = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The handler."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def now(self) -> bool:
+        """Stop before the next step? Several processes have to make the same steps, and stop where
+        they ask `anywhere`."""
+        return bool(self.signal) and not several()
+
+    def anywhere(self) -> int:
+        """The signal that any process was sent, 0 without one. All must call it."""
+        return max(gather(self.signal))
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Stop]:
+    """SIGTERM and Ctrl-C as a `Stop`, to be read between steps.
+
+    >>> with signals() as stop:
+    ...     stop.anywhere()
+    0
+    """
+    stop, before = Stop(), {}
+    # Only the main thread may set handlers; a notebook's worker thread goes without.
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# Arrays that several processes hold
+
+
+def place(
+    shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[slice], np.ndarray]
+) -> jax.Array:
+    """The array of which `read(rows)` gives some rows of the second last axis; a process reads only
+    those that its own devices hold.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> spec = jax.sharding.PartitionSpec("data", None)
+    >>> x = np.arange(8).reshape(4, 2)
+    >>> place(x.shape, NamedSharding(mesh, spec), lambda rows: x[rows])[3].tolist()
+    [6, 7]
+    """
+    parts: dict[int, np.ndarray] = {}  # devices along other axes hold the same rows
+
+    def part(index: Any) -> np.ndarray:
+        rows = index[-2]
+        start = rows.start or 0
+        if start not in parts:
+            parts[start] = read(rows)
+        return parts[start]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def whole(array: Any) -> np.ndarray:
+    """The whole array on the host, wherever its parts lie. All processes must call it.
+
+    >>> whole(jax.numpy.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
