@@ -42,7 +42,7 @@ from mhcjax.runlog import (
     write_atomic,
 )
 
-__all__ = ["Outcome", "fit"]
+__all__ = ["Outcome", "fit", "read_batch"]
 
 PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
 SAMPLE_TOKENS = 64
@@ -94,6 +94,25 @@ def fit(
         say(f"going on from {source}")
     with processes.signals() as stop:
         return _Run(config, folder, source, say, command, clock, stop).run(dry_run)
+
+
+def read_batch(tokens: np.ndarray, program: train.Program, index: int) -> jax.Array:
+    """Batch `index` of a run on the program's mesh; a process reads only the rows that its own
+    devices hold."""
+    abstract, config = program.abstract_batch, program.config
+
+    def read(rows: slice) -> np.ndarray:
+        return data.batch(
+            tokens,
+            seed=config.seed,
+            step=index,
+            batch=config.data.batch,
+            length=config.data.length,
+            micro_batches=config.data.micro_batches,
+            rows=rows,
+        )
+
+    return processes.place(abstract.shape, abstract.sharding, read)
 
 
 def _silent(line: str) -> None:
@@ -186,21 +205,8 @@ class _Run:
             )
         return state, meta
 
-    def _read(self, index: int, rows: slice) -> np.ndarray:
-        c = self.config.data
-        return data.batch(
-            self.train_tokens,
-            seed=self.config.seed,
-            step=index,
-            batch=c.batch,
-            length=c.length,
-            micro_batches=c.micro_batches,
-            rows=rows,
-        )
-
     def _batch(self, index: int) -> jax.Array:
-        batch = self.program.abstract_batch
-        return processes.place(batch.shape, batch.sharding, lambda rows: self._read(index, rows))
+        return read_batch(self.train_tokens, self.program, index)
 
     def _rows(self, batch: np.ndarray) -> jax.Array:
         return processes.place(batch.shape, self.rows, lambda rows: batch[rows])
@@ -208,8 +214,7 @@ class _Run:
     def _plan(self, state: train.State, *, check: bool) -> None:
         """Print what is about to happen, all of it derived; refuse a loss far from ln V."""
         rows = audit.info(self.config, compiled=self.step)
-        shape = self.program.abstract_batch.shape[1:]
-        first = processes.place(shape, self.rows, lambda rows: self._read(0, rows)[0])
+        first = jax.jit(lambda batch: batch[0], out_shardings=self.rows)(self._batch(0))
         sums = jax.device_get(self.sums(state.params, first, self.bytes_V))
         began = self.clock()
         jax.block_until_ready(self.sums(state.params, first, self.bytes_V))
