@@ -83,7 +83,7 @@ def work(
             if restore is None
             else checkpoint.restore(restore, program.abstract_state)[0]
         )
-        restored = leaves_of(state)
+        before = leaves_of(state)
         scalars, losses, shards = optim.hyper(program.config.optim, 100), [], {}
         data.batch = spy
         try:
@@ -96,14 +96,15 @@ def work(
                 losses.append(float(metrics["loss"]))
         finally:
             data.batch = honest
-        leaves = leaves_of(state)
+        after = leaves_of(state)
         if save is not None:
             with checkpoint.Checkpoints(save) as checkpoints:
                 checkpoints.save(steps, state, {})
     np.savez(folder / f"{name}-{jax.process_index()}.npz", read=np.array(read), **shards)
     if processes.leads():
-        restored = {f"restored/{key}": leaf for key, leaf in restored.items()}
-        np.savez(folder / f"{name}.npz", losses=np.array(losses), **leaves, **restored)
+        states = {f"before/{path}": leaf for path, leaf in before.items()}
+        states |= {f"after/{path}": leaf for path, leaf in after.items()}
+        np.savez(folder / f"{name}.npz", losses=np.array(losses), **states)
 
 
 def leaves_of(state):

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 import pytest
 
-from mhcjax import checkpoint, runlog
+from mhcjax import checkpoint, processes, runlog
 from tests import process_worker
+from tests.conftest import HOST_DEVICES
 from tests.process_worker import TOKENS, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,22 +35,23 @@ STEPS = 20
 # Starting processes
 
 
-@pytest.fixture
-def devices(one_device_env):
-    """devices(n): the environment of a process that sees n CPU devices."""
-
-    def environment(count, **more):
-        flags = f"{one_device_env['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-        path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
-        return {**one_device_env, "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
-
-    return environment
+def devices(count, **more):
+    """The environment of a process that sees so many CPU devices."""
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(HOST_DEVICES)]
+    flags.append(f"{HOST_DEVICES}={count}")
+    path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
+    return {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": path, **more}
 
 
 def free_address():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return f"localhost:{s.getsockname()[1]}"
+
+
+def free_port(port):
+    with socket.socket() as s:
+        return s.connect_ex(("localhost", port)) != 0
 
 
 def finish(started, timeout=240):
@@ -61,19 +63,19 @@ def finish(started, timeout=240):
             p.kill()
 
 
-def start(command, environment, folder):
+def start(command, environment, folder, at=None):
     """A process with its output in files `out` and `err`, so that nobody waits for a reader."""
     number = len(list(folder.iterdir()))
     out, err = folder / f"{number}.out", folder / f"{number}.err"
     with open(out, "w") as to_out, open(err, "w") as to_err:
         process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=to_out, stderr=to_err
+            command, env=environment, cwd=at or folder, stdout=to_out, stderr=to_err
         )
     process.out, process.err = out, err
     return process
 
 
-def work_in_two(folder, devices, jobs):
+def work_in_two(folder, jobs):
     """Two processes of four devices each do the jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "coordinator").write_text(free_address())
@@ -112,7 +114,7 @@ def alone(optimizer, dtype, mesh, micro_batches, layers):
 
 def gap(found, wanted):
     """-> (largest relative difference of the losses, largest ||difference|| / ||leaf||)"""
-    leaves = [n for n in wanted if n.startswith(("params", "opt_state")) and wanted[n].size]
+    leaves = [n for n in wanted if n.startswith(("after/params", "after/opt_state"))]
     assert len(leaves) > 10 and found.keys() == wanted.keys()
     ratios = [
         np.linalg.norm(np.float64(found[n]) - wanted[n])
@@ -164,39 +166,61 @@ def job(kind, mesh, micro_batches, **more):
     return {"name": name, **settings, "micro_batches": micro_batches, **more}
 
 
-@pytest.mark.parametrize(
-    ("cases", "layers"),
-    [(QUICK, 1), pytest.param(MATRIX, 2, marks=pytest.mark.slow)],
-    ids=["two", "all"],
-)
-def test_two_processes_equal_one_and_one_device(tmp_path, devices, cases, layers):
-    jobs = [job(*case, layers=layers) for case in cases]
-    wrong = {**job(KINDS[0], MESHES[0], 1, layers=layers), "name": "wrong", "wrong_rows_of": 1}
-    work_in_two(tmp_path, devices, [*jobs, wrong])
-    for (kind, mesh, micro_batches), made in zip(cases, jobs, strict=True):
+WRONG = {**job(KINDS[0], MESHES[0], 1), "name": "wrong", "wrong_rows_of": 1}
+SAVED = {"optimizer": "adamw", "layers": 1, "micro_batches": 1, "mesh": (4, 2, True)}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The folder of all jobs that are not slow, done by one pair of processes."""
+    folder = tmp_path_factory.mktemp("short")
+    process_worker.work(folder, "one", **SAVED, steps=2, save=folder / "of_one")
+    two = {"name": "two", **SAVED, "steps": 2, "save": str(folder / "of_two")}
+    back = {"name": "back", **SAVED, "steps": 0, "restore": str(folder / "of_one")}
+    back["mesh"] = (2, 4, False)
+    jobs = [job(*case, layers=1) for case in QUICK]
+    work_in_two(folder, [*jobs, {**WRONG, "layers": 1}, two, back])
+    return folder
+
+
+def check_equal(folder, cases, layers):
+    """The jobs of two processes in `folder` against one process with eight devices and with one."""
+    for kind, mesh, micro_batches in cases:
         optimizer, dtype, tolerance = kind
         config = config_of(optimizer, dtype, mesh, micro_batches, layers)
-        found = loaded(tmp_path / f"{made['name']}.npz")
-        batches, read = batches_of(tmp_path, made["name"], config)
+        name = job(kind, mesh, micro_batches)["name"]
+        found = loaded(folder / f"{name}.npz")
+        batches, read = batches_of(folder, name, config)
         np.testing.assert_array_equal(batches, wanted_batches(config))
         assert read == [{0, 1, 2, 3}, {4, 5, 6, 7}]
         for one in (mesh, (1, 1, False)):
             wanted = alone(optimizer, dtype, one, micro_batches, layers)
             losses, leaves = gap(found, wanted)
-            print(f"{made['name']} and {one}: losses {losses:.1e}, leaves {leaves:.1e}")
+            print(f"{name} and {one}: losses {losses:.1e}, leaves {leaves:.1e}")
             assert losses <= tolerance and leaves <= tolerance
 
     # The control: process 1 reads the rows of process 0, and every one of these notices.
     config = config_of("sgd", "float32", MESHES[0], 1, layers)
-    batches, read = batches_of(tmp_path, "wrong", config)
+    batches, read = batches_of(folder, "wrong", config)
     assert (batches != wanted_batches(config)).any() and read == [{0, 1, 2, 3}] * 2
     wanted = alone("sgd", "float32", MESHES[0], 1, layers)
-    losses, leaves = gap(loaded(tmp_path / "wrong.npz"), wanted)
+    losses, leaves = gap(loaded(folder / "wrong.npz"), wanted)
     print(f"wrong rows: losses {losses:.1e}, leaves {leaves:.1e}")
     assert losses > 1e-4 and leaves > 1e-3
 
 
-def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path, devices):
+def test_two_processes_equal_one_and_one_device(short):
+    check_equal(short, QUICK, layers=1)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_every_mesh(tmp_path):
+    jobs = [job(*case, layers=2) for case in MATRIX]
+    work_in_two(tmp_path, [*jobs, {**WRONG, "layers": 2}])
+    check_equal(tmp_path, MATRIX, layers=2)
+
+
+def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path):
     """A model axis over both processes."""
     code = (
         "import sys, numpy as np, jax\n"
@@ -222,48 +246,44 @@ def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path, de
 # Checkpoints
 
 
-def test_checkpoints_of_two_processes_and_of_one_are_the_same_files(tmp_path, devices):
-    """Written by one process and by two, sharded and not; restored to the last bit by the other,
-    on one, four and eight devices."""
-    settings = {"optimizer": "adamw", "layers": 1, "micro_batches": 1}
-    process_worker.work(
-        tmp_path, "one", **settings, mesh=(4, 2, True), steps=2, save=tmp_path / "of_one"
-    )
-    again = [(8, 1, False), (2, 4, True)]
-    work_in_two(
-        tmp_path,
-        devices,
-        [
-            {"name": "two", **settings, "mesh": (4, 2, True), "steps": 2}
-            | {"save": str(tmp_path / "of_two")},
-            {"name": "whole", **settings, "mesh": (8, 1, False), "steps": 2}
-            | {"save": str(tmp_path / "of_two_whole")},
-            *(
-                {"name": f"again{i}", **settings, "mesh": mesh, "steps": 0}
-                | {"restore": str(tmp_path / "of_one")}
-                for i, mesh in enumerate(again)
-            ),
-        ],
+def same(state, wanted):
+    """Two states, {path: leaf}, to the last bit."""
+    assert state.keys() == wanted.keys() and len(state) > 20
+    for name, leaf in state.items():
+        assert leaf.dtype == wanted[name].dtype, name
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+
+
+def states(file):
+    """The states before and after a job, as {path: leaf}."""
+    found = loaded(file)
+    return (
+        {n.removeprefix(when): leaf for n, leaf in found.items() if n.startswith(when)}
+        for when in ("before/", "after/")
     )
 
-    def same(state, wanted):
-        assert state.keys() == {n for n in wanted if not n.startswith(("losses", "restored"))}
-        assert len(state) > 20
-        for name, leaf in state.items():
-            assert leaf.dtype == wanted[name].dtype, name
-            np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
 
-    one = loaded(tmp_path / "one.npz")
-    for i in range(len(again)):
-        back = loaded(tmp_path / f"again{i}.npz")
-        same({k[len("restored/") :]: v for k, v in back.items() if k.startswith("restored/")}, one)
-    for name, folder in (("two", "of_two"), ("whole", "of_two_whole")):
-        wanted = loaded(tmp_path / f"{name}.npz")
-        for mesh in ((1, 1, False), (4, 1, True), (2, 2, False), (4, 2, True), (8, 1, False)):
-            program = process_worker.train.program(config_of("adamw", "float32", mesh, 1, 1))
-            state, _ = checkpoint.restore(tmp_path / folder, program.abstract_state)
-            assert jax.tree.leaves(state)[-1].sharding.mesh.size == mesh[0] * mesh[1]
-            same(process_worker.leaves_of(state), wanted)
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 1, False), (4, 1, True), (4, 2, False)]
+    + [
+        pytest.param(m, marks=pytest.mark.slow) for m in ((2, 2, False), (8, 1, True), (2, 4, True))
+    ],
+)
+def test_a_checkpoint_of_two_processes_in_one(short, mesh):
+    """Written sharded over 4 x 2 by two processes; read by one, on one, four and eight devices."""
+    program = process_worker.train.program(config_of("adamw", "float32", mesh, 1, 1))
+    state, _ = checkpoint.restore(short / "of_two", program.abstract_state)
+    assert jax.tree.leaves(state)[-1].sharding.mesh.size == mesh[0] * mesh[1]
+    began, wanted = states(short / "two.npz")
+    assert (began["params.embedding"] != wanted["params.embedding"]).any()
+    same(process_worker.leaves_of(state), wanted)
+
+
+def test_a_checkpoint_of_one_process_in_two(short):
+    found, _ = states(short / "back.npz")
+    _, wanted = states(short / "one.npz")
+    same(found, wanted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,17 +327,15 @@ def fingerprint(run):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """uninterrupted(devices) -> (run, seconds that it took from the start of the processes)"""
-    made = {}
+    """uninterrupted(total) -> (run, seconds that it took from the start of the processes)"""
 
-    def make(devices, total):
-        if total not in made:
-            folder = tmp_path_factory.mktemp("uninterrupted")
-            began = time.monotonic()
-            more = ["--run", str(folder / "run"), "--total-steps", str(total)]
-            Pair(folder / "output", devices(4), *more).succeed()
-            made[total] = folder / "run", time.monotonic() - began
-        return made[total]
+    @functools.cache
+    def make(total):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        began = time.monotonic()
+        more = ["--run", str(folder / "run"), "--total-steps", str(total)]
+        Pair(folder / "output", devices(4), *more).succeed()
+        return folder / "run", time.monotonic() - began
 
     return make
 
@@ -328,7 +346,7 @@ def one_line(err):
     return line
 
 
-def killed(folder, devices, victim, *, total, after, heartbeat=10):
+def killed(folder, victim, *, total, after, heartbeat=10):
     """Kill one of two processes when `after` says so; -> seconds until the other had ended."""
     run = folder / "run"
     more = ["--run", str(run), "--total-steps", str(total)]
@@ -367,29 +385,96 @@ def updates(least):
     return wait
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(
-    tmp_path, devices, uninterrupted, victim
-):
-    total = 40
-    wanted, _ = uninterrupted(devices, total)
-    seconds = killed(tmp_path, devices, victim, total=total, after=updates(13 + victim))
-    print(f"process {victim} killed: the other ended {seconds:.1f} s later")
-    assert fingerprint(tmp_path / "run") == fingerprint(wanted)
-    assert losses_of(tmp_path / "run") == losses_of(wanted)
-    # One writer: each update has one row, also where it was made twice.
-    rows = [row["step"] for row in runlog.read_rows(tmp_path / "run", "train")]
-    assert rows == list(range(1, total + 1))
+TOTAL = 30  # updates of the runs that are killed and go on
+
+
+def went_on(run, uninterrupted):
+    """The killed run came to the same end, and each update has one row, also if made twice."""
+    wanted, _ = uninterrupted(TOTAL)
+    assert fingerprint(run) == fingerprint(wanted)
+    assert losses_of(run) == losses_of(wanted)
+    rows = [row["step"] for row in runlog.read_rows(run, "train")]
+    assert rows == list(range(1, TOTAL + 1))
+
+
+# What Slurm would do: two tasks on two nodes, which are this machine; the highest exit code.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >> srun.flags; shift; done
+export SLURM_STEP_NODELIST='localhost' SLURM_STEP_TASKS_PER_NODE='1(x2)' SLURM_NTASKS=2
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=0 "$@" 2> err.$i & pids[$i]=$!; done
+code=0
+for pid in ${pids[@]}; do wait $pid; c=$?; [ $c -gt $code ] && code=$c; done
+exit $code
+"""
+MHCJAX = f"""#!/bin/bash
+echo $$ > pid.$SLURM_PROCID
+exec {shlex.quote(sys.executable)} -m mhcjax "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" > scontrol.called
+"""
+
+
+def printed_script():
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    return text.partition("```bash\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_the_printed_slurm_script(tmp_path, uninterrupted, victim):
+    """As printed, started twice: a process of the first start is killed, the script queues itself
+    again, the second start goes on from the last checkpoint and ends as if nothing had been."""
+    (tmp_path / "train.sbatch").write_text(printed_script())
+    for name, text in (("srun", SRUN), ("mhcjax", MHCJAX), ("scontrol", SCONTROL)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    # JAX takes port 61440 + number of the job modulo 4096.
+    job = next(n for n in range(os.getpid(), os.getpid() + 99) if free_port(61440 + n % 4096))
+    environment = devices(4, SLURM_JOB_ID=str(job))
+    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
+    script = ["bash", "train.sbatch", *SMALL, "--run", "runs/long", "--total-steps", str(TOTAL)]
+    script += ["--heartbeat", "6"]
+    output = tmp_path / "output"
+    output.mkdir()
+
+    first = start(script, environment, output, at=tmp_path)
+    run = tmp_path / "runs" / "long"
+    updates(13)(run)
+    os.kill(int((tmp_path / f"pid.{victim}").read_text()), signal.SIGKILL)
+    began = time.monotonic()
+    code = first.wait(90)
+    seconds = time.monotonic() - began
+    print(f"process {victim} killed: the script ended {seconds:.1f} s later with {code}")
+    assert code == 128 + signal.SIGKILL and seconds < 60
+    assert f"process {victim} (" in one_line((tmp_path / f"err.{1 - victim}").read_text())
+    assert (tmp_path / "scontrol.called").read_text() == f"requeue {job}\n"
+    assert json.loads((run / "run.json").read_text())["versions"]["devices"] == 8
+
+    (tmp_path / "scontrol.called").unlink()
+    ((code, out, _),) = finish([start(script, environment, output, at=tmp_path)])
+    assert code == 0 and f"going on from {run.relative_to(tmp_path)}/checkpoints/" in out
+    assert not (tmp_path / "scontrol.called").exists()
+    went_on(run, uninterrupted)
 
 
 @pytest.mark.slow
-def test_twenty_random_moments(tmp_path, devices, uninterrupted):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(tmp_path, uninterrupted, victim):
+    """By the flags, with the heartbeat that users get."""
+    seconds = killed(tmp_path, victim, total=TOTAL, after=updates(13 + victim), heartbeat=30)
+    print(f"process {victim} killed: the other ended {seconds:.1f} s later")
+    went_on(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_random_moments(tmp_path, uninterrupted):
     """From before they have joined to the last save. The moments are drawn afresh each time; a
     failure prints the seed."""
-    total, seed = 60, random.randrange(2**32)
+    seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    wanted, took = uninterrupted(devices, total)
+    _, took = uninterrupted(TOTAL)
     for trial in range(20):
         victim, moment = trial % 2, draw.uniform(0, took)
         folder = tmp_path / str(trial)
@@ -397,9 +482,8 @@ def test_twenty_random_moments(tmp_path, devices, uninterrupted):
         heartbeat = 30 if trial % 7 == 1 else 10
         seconds = killed(
             folder,
-            devices,
             victim,
-            total=total,
+            total=TOTAL,
             after=lambda run, moment=moment: time.sleep(moment),
             heartbeat=heartbeat,
         )
@@ -408,25 +492,147 @@ def test_twenty_random_moments(tmp_path, devices, uninterrupted):
             f"heartbeat {heartbeat}: the other ended after {seconds:.1f} s",
             flush=True,
         )
-        assert fingerprint(folder / "run") == fingerprint(wanted)
+        went_on(folder / "run", uninterrupted)
 
 
-def test_resume_auto_goes_on_with_other_processes_and_devices(tmp_path, devices, uninterrupted):
+@pytest.mark.slow
+def test_resume_auto_goes_on_with_other_processes_and_devices(tmp_path, uninterrupted):
     """Ten updates by two processes, ten by one with four devices on another mesh, the rest by two
     with two devices each and everything sharded: the losses of the uninterrupted run, in float32
-    but for sums in another order (1e-5 after 40 updates of Muon, which magnifies them)."""
-    total = 40
-    wanted, _ = uninterrupted(devices, total)
-    run = ["--run", str(tmp_path / "run"), "--optim.schedule", "wsd", "--schedule-steps", "40"]
+    but for sums in another order (1e-5 after 30 updates of Muon, which magnifies them)."""
+    wanted, _ = uninterrupted(TOTAL)
+    run = ["--run", str(tmp_path / "run"), "--schedule-steps", str(TOTAL)]
     Pair(tmp_path / "a", devices(4), *run, "--total-steps", "10").succeed()
     first = losses_of(tmp_path / "run")
     assert first == {n: loss for n, loss in losses_of(wanted).items() if n <= 10}
     mesh = ["--mesh.data", "2", "--mesh.model", "2"]
     Pair(tmp_path / "b", devices(4), *run, "--total-steps", "20", *mesh, count=1).succeed()
     mesh = ["--mesh.data", "4", "--mesh.model", "1", "--mesh.shard-params", "true"]
-    Pair(tmp_path / "c", devices(2), *run, "--total-steps", "40", *mesh).succeed()
+    Pair(tmp_path / "c", devices(2), *run, "--total-steps", str(TOTAL), *mesh).succeed()
     found, wanted_losses = losses_of(tmp_path / "run"), losses_of(wanted)
     assert found.keys() == wanted_losses.keys()
     worst = max(abs(found[n] / wanted_losses[n] - 1) for n in found)
     print(f"largest relative difference {worst:.1e}")
     assert worst <= 1e-5
+
+
+def test_ctrl_c_of_one_process_stops_both_with_a_checkpoint(tmp_path):
+    pair = Pair(tmp_path / "output", devices(4), "--run", str(tmp_path / "run"))
+    updates(7)(tmp_path / "run")
+    pair.started[1].send_signal(signal.SIGINT)
+    (first, out, err), (second, quiet, _) = pair.finish()
+    assert (first, second) == (130, 130), err
+    made = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert made["status"] == "stopped" and f"after {made['updates']} updates" in out
+    assert checkpoint.find(tmp_path / "run").name == str(made["updates"])
+    assert "step" not in quiet
+
+
+# --------------------------------------------------------------------------------------------------
+# Finding each other
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, 2, 0), "--processes and --process want --coordinator HOST:PORT of process 0"),
+        (("host", 2, 1), "--coordinator is 'host': give HOST:PORT, or auto"),
+        (("host:0", 2, 1), "--coordinator is 'host:0': give HOST:PORT, or auto"),
+        (("host:80a", 2, 1), "--coordinator is 'host:80a': give HOST:PORT, or auto"),
+        (("host:80", 0, 0), "--processes is 0: give at least 1"),
+        (("auto", None, None, 1), "--heartbeat is 1: give at least 5 seconds"),
+        (("host:80", 2, 2), "--process is 2: give 0 to 1"),
+        (("host:80", 2, -1), "--process is -1: give 0 to 1"),
+    ],
+)
+def test_flags_that_cannot_be(given, message):
+    with pytest.raises(ValueError) as error:
+        processes.join(*given[:3], heartbeat=given[3] if given[3:] else 30)
+    assert str(error.value) == message
+
+
+def test_a_port_that_is_taken():
+    """By whatever listens there: two runs must not join each other."""
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"{address} is taken .*: give another"):
+            processes.join(address, 2, 0)
+
+
+LONELY = (
+    "import sys\nfrom mhcjax import processes\n"
+    "processes.join(sys.argv[1], 2, int(sys.argv[2]), patience=2)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [(0, "not all processes came to {}"), (1, "no coordinator at {}")],
+    ids=["no other process", "no coordinator"],
+)
+def test_who_finds_nobody_says_so(tmp_path, index, what):
+    at = free_address()
+    began = time.monotonic()
+    started = start([sys.executable, "-c", LONELY, at, str(index)], devices(1), tmp_path)
+    ((code, _, err),) = finish([started])
+    assert code == 2 and time.monotonic() - began < 20
+    assert one_line(err).startswith(f"mhcjax: process {index}: {what.format(at)} within 2 s: start")
+
+
+@pytest.mark.slow
+def test_the_command_says_so_within_a_minute(tmp_path):
+    began = time.monotonic()
+    pair = Pair(tmp_path / "output", devices(4), "--run", str(tmp_path / "run"))
+    pair.started[0].kill()
+    pair.started[0].wait()
+    (_, (code, _, err)) = pair.finish()
+    seconds = time.monotonic() - began
+    print(f"exit code {code} after {seconds:.1f} s: {one_line(err)}")
+    assert code == 2 and "no coordinator at localhost:" in one_line(err) and seconds < 65
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_whose_coordinator_jax_does_not_find(tmp_path):
+    """Open MPI 5 sets no variable that JAX reads: two runs of one process must not start."""
+    command = [sys.executable, "-m", "mhcjax", "train", "--run", "run"]
+    environment = devices(1, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
+    ((code, _, err),) = finish([start(command, environment, tmp_path)])
+    (line,) = err.splitlines()
+    assert code == 2 and not (tmp_path / "run").exists()
+    assert "OMPI_COMM_WORLD_SIZE=2" in line and "give --coordinator HOST:PORT, --processes" in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # a batch script, before srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]"}, "SLURM_NTASKS=8"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook in a pod
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+            "JOB_COMPLETION_INDEX=0",
+        ),
+    ],
+)
+def test_what_a_launcher_announces(environment, word):
+    assert processes.announced(environment) == word
+
+
+@pytest.mark.parametrize(
+    ("environment", "one"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2),8"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        ({}, False),
+    ],
+)
+def test_who_has_a_node_to_itself_takes_all_its_devices(environment, one):
+    assert processes._one_per_node(environment) == one

@@ -7,6 +7,7 @@ one process everything here is a plain call.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
@@ -131,6 +132,8 @@ def join(
         if word is None:
             return
         coordinator = "auto"
+    if heartbeat < 5:
+        raise ValueError(f"--heartbeat is {heartbeat}: give at least 5 seconds")
     explicit = coordinator != "auto"
     if explicit:
         _check(coordinator, processes, process)
@@ -143,6 +146,10 @@ def join(
     )
     late.daemon = True
     late.start()
+    _last_words(
+        f"process {'?' if process is None else process} was refused by the others: compare the "
+        "--coordinator, --processes and --process of all"
+    )
     try:
         jax.distributed.initialize(
             coordinator if explicit else None,
@@ -157,6 +164,7 @@ def join(
         )
         names = gather(socket.gethostname())
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        _dismiss()
         found = f" ({word})" if word else ""
         raise ValueError(
             f"JAX cannot join the processes from the environment{found}: "
@@ -167,6 +175,8 @@ def join(
         late.cancel()
     if several():
         _keep_watch(names, coordinator.rsplit(":", 1)[0] if explicit else names[0])
+    else:
+        _dismiss()
 
 
 def _check(coordinator: str, processes: int | None, process: int | None) -> None:
@@ -218,17 +228,42 @@ def _end(code: int, line: str) -> NoReturn:
 # --------------------------------------------------------------------------------------------------
 # Keep watch
 
-# The death of process 0 takes JAX's coordination service with it, and JAX then aborts the others at
-# once, in C++. So a small child of each holds the other end of a pipe, and says what happened.
+# JAX may abort a process in C++: at once when process 0, and with it the coordination service, is
+# gone, or when the processes do not fit together. So a small child of each holds the other end of a
+# pipe, and when that ends it says the last words it was given: a line, and where somebody still
+# answers if it is not true.
 _WITNESS = """
 import socket, sys
-host, port, line = sys.argv[1:]
-if not sys.stdin.buffer.read():
-    try:
-        socket.create_connection((host, int(port)), 5).close()
-    except OSError:
-        print(line, file=sys.stderr, flush=True)
+words = ""
+for words in sys.stdin:
+    pass
+line, host, port = words.rstrip("\\n").split("\\t") if words.strip() else ("", "", "")
+try:
+    socket.create_connection((host, int(port)), 5).close()
+except (OSError, ValueError):
+    print(line, end="\\n" if line else "", file=sys.stderr, flush=True)
 """
+
+
+def _last_words(line: str, host: str = "", port: int | None = None) -> None:
+    if not _witness:
+        # A session of its own: Ctrl-C is not for it.
+        command = [sys.executable, "-ISc", _WITNESS]
+        _witness.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        atexit.register(_dismiss)  # an exit in order needs no last words
+    pipe = _witness[0].stdin
+    with contextlib.suppress(OSError):
+        if pipe is not None:
+            pipe.write(f"mhcjax: {line}\t{host}\t{'' if port is None else port}\n")
+            pipe.flush()
+
+
+def _dismiss() -> None:
+    """This process says itself what there is to say."""
+    while _witness:
+        _witness.pop().communicate("\n")
 
 
 def _keep_watch(names: list[str], leader: str) -> None:
@@ -238,11 +273,9 @@ def _keep_watch(names: list[str], leader: str) -> None:
     port = gather(sign.getsockname()[1] if sign else 0)[0]
     # Where the sign cannot be reached, its silence proves nothing.
     if not leads() and _answers(leader, port):
-        line = f"mhcjax: {me} ends: process 0 ({names[0]}) is gone; {_REMEDY}"
-        command = [sys.executable, "-ISc", _WITNESS, leader, str(port), line]
-        # A session of its own: Ctrl-C is not for it.
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        _witness.append(child)
+        _last_words(f"{me} ends: process 0 ({names[0]}) is gone; {_REMEDY}", leader, port)
+    else:
+        _dismiss()
     watch = threading.Thread(target=_watch, args=[me, names, sign], daemon=True)
     watch.start()
     _threads.append(watch)
@@ -304,12 +337,6 @@ def verdict(seconds: float = HEARTBEAT + 10) -> None:
     """
     for thread in _threads:
         thread.join(seconds)
-
-
-def _dismiss() -> None:
-    """This process says itself what there is to say."""
-    while _witness:
-        _witness.pop().communicate(b"left")
 
 
 # --------------------------------------------------------------------------------------------------
