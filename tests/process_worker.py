@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mhcjax import checkpoint, data, loop, optim, processes, train
+from mhcjax import checkpoint, cluster, data, loop, optim, processes, train
 from mhcjax.config import Config, ConnectionConfig, DataConfig, MeshConfig, ModelConfig, OptimConfig
 
 VOCAB = 120
@@ -118,8 +118,8 @@ def leaves_of(state):
 
 if __name__ == "__main__":
     folder, count, index = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    processes.join((folder / "coordinator").read_text(), count, index, heartbeat=10)
+    cluster.join((folder / "coordinator").read_text(), count, index, heartbeat=10)
     for job in json.loads((folder / "jobs.json").read_text()):
         wrong = job.pop("wrong_rows_of", None)
         work(folder, wrong_rows=wrong == index, **job)
-    processes.leave()
+    cluster.leave()

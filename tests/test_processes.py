@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from mhcjax import checkpoint, processes, runlog
+from mhcjax import checkpoint, cluster, runlog
 from tests import process_worker
 from tests.conftest import HOST_DEVICES
 from tests.process_worker import TOKENS, config_of
@@ -225,14 +225,14 @@ def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path):
     code = (
         "import sys, numpy as np, jax\n"
         "from jax.sharding import NamedSharding, PartitionSpec as P\n"
-        "from mhcjax import processes, sharding\n"
-        "processes.join(sys.argv[1], 2, int(sys.argv[2]))\n"
+        "from mhcjax import cluster, processes, sharding\n"
+        "cluster.join(sys.argv[1], 2, int(sys.argv[2]))\n"
         "read, x = [], np.arange(16).reshape(8, 2)\n"
         "def rows(r):\n    read.append(r)\n    return x[r]\n"
         "spec = NamedSharding(sharding.make_mesh(1, 8), P('data', None))\n"
         "y = processes.place(x.shape, spec, rows)\n"
         "assert (processes.whole(y) == x).all() and len(read) == 1\n"
-        "processes.leave()\n"
+        "cluster.leave()\n"
     )
     at = free_address()
     started = [
@@ -547,7 +547,7 @@ def test_ctrl_c_of_one_process_stops_both_with_a_checkpoint(tmp_path):
 )
 def test_flags_that_cannot_be(given, message):
     with pytest.raises(ValueError) as error:
-        processes.join(*given[:3], heartbeat=given[3] if given[3:] else 30)
+        cluster.join(*given[:3], heartbeat=given[3] if given[3:] else 30)
     assert str(error.value) == message
 
 
@@ -556,12 +556,12 @@ def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"{address} is taken .*: give another"):
-            processes.join(address, 2, 0)
+            cluster.join(address, 2, 0)
 
 
 LONELY = (
-    "import sys\nfrom mhcjax import processes\n"
-    "processes.join(sys.argv[1], 2, int(sys.argv[2]), patience=2)\n"
+    "import sys\nfrom mhcjax import cluster\n"
+    "cluster.join(sys.argv[1], 2, int(sys.argv[2]), patience=2)\n"
 )
 
 
@@ -619,7 +619,7 @@ def test_a_launcher_whose_coordinator_jax_does_not_find(tmp_path):
     ],
 )
 def test_what_a_launcher_announces(environment, word):
-    assert processes.announced(environment) == word
+    assert cluster.announced(environment) == word
 
 
 @pytest.mark.parametrize(
@@ -635,4 +635,4 @@ def test_what_a_launcher_announces(environment, word):
     ],
 )
 def test_who_has_a_node_to_itself_takes_all_its_devices(environment, one):
-    assert processes._one_per_node(environment) == one
+    assert cluster._one_per_node(environment) == one

@@ -190,9 +190,9 @@ def _version() -> str:
 def _train(args: argparse.Namespace) -> int:
     import jax
 
-    from mhcjax import audit, loop, processes, runs
+    from mhcjax import audit, cluster, loop, processes, runs
 
-    processes.join(args.coordinator, args.processes, args.process, heartbeat=args.heartbeat)
+    cluster.join(args.coordinator, args.processes, args.process, heartbeat=args.heartbeat)
     together = False
     try:
         overrides = _overrides(args)
@@ -219,10 +219,10 @@ def _train(args: argparse.Namespace) -> int:
         together = True
         return outcome.exit_code
     except jax.errors.JaxRuntimeError:
-        processes.verdict(args.heartbeat + 10)
+        cluster.verdict(args.heartbeat + 10)
         raise
     finally:
-        processes.leave(together=together)
+        cluster.leave(together=together)
 
 
 def _say(line: str) -> None:
