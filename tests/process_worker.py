@@ -22,13 +22,13 @@ TOKENS = np.random.default_rng(5).integers(VOCAB, size=4000).astype(np.uint16)
 RATES = {"sgd": 0.5, "adamw": 0.01, "muon": 0.02}
 
 
-def config_of(optimizer, dtype, mesh, micro_batches, layers):
+def config_of(optimizer, dtype, mesh, micro_batches):
     """All sizes divide by every mesh of eight devices."""
     across, model, shard_params = mesh
     return Config(
         seed=3,
         model=ModelConfig(
-            layers=layers,
+            layers=1,
             width=16,
             heads=4,
             hidden=32,
@@ -59,7 +59,6 @@ def work(
     dtype="float32",
     mesh=(8, 1, False),
     micro_batches=1,
-    layers=1,
     steps=20,
     restore=None,
     save=None,
@@ -77,7 +76,7 @@ def work(
         return honest(*args, rows=slice(start, stop), **named)
 
     with jax.enable_x64(True) if dtype == "float64" else nullcontext():
-        program = train.program(config_of(optimizer, dtype, mesh, micro_batches, layers))
+        program = train.program(config_of(optimizer, dtype, mesh, micro_batches))
         state = (
             program.init(jax.random.key(0))
             if restore is None

@@ -94,7 +94,7 @@ def loaded(file):
 
 
 @functools.cache
-def alone(optimizer, dtype, mesh, micro_batches, layers):
+def alone(optimizer, dtype, mesh, micro_batches):
     """The same job in this process, which has eight devices."""
     import tempfile
 
@@ -106,7 +106,6 @@ def alone(optimizer, dtype, mesh, micro_batches, layers):
             dtype=dtype,
             mesh=mesh,
             micro_batches=micro_batches,
-            layers=layers,
             steps=STEPS,
         )
         return loaded(Path(folder) / "alone.npz")
@@ -152,22 +151,29 @@ def wanted_batches(config):
 # Two processes = one
 
 MESHES = [(8, 1, False), (8, 1, True), (4, 2, False), (4, 2, True), (2, 4, False), (2, 4, True)]
-# Updates of SGD are linear in the gradient: sums in another order, 1e-6. Optimizers that divide by
-# the gradient magnify rounding, so they are compared in float64.
-KINDS = [("sgd", "float32", 1e-6), ("adamw", "float64", 1e-10), ("muon", "float64", 1e-10)]
+# (optimizer, dtype, tolerance of the losses, of the leaves), relative. Updates of SGD are linear
+# in the gradient: sums in another order. Over twenty steps at this rate the rounding of a float32
+# leaf grows beyond that of the losses: 8e-7 between eight devices and one in one process.
+# Optimizers that divide by the gradient magnify rounding, so they are compared in float64, where a
+# real difference could not hide.
+KINDS = [
+    ("sgd", "float32", 1e-6, 1e-5),
+    ("adamw", "float64", 1e-10, 1e-10),
+    ("muon", "float64", 1e-10, 1e-10),
+]
 MATRIX = list(itertools.product(KINDS, MESHES, (1, 4)))
 QUICK = [(KINDS[0], (8, 1, False), 1), (KINDS[2], (4, 2, True), 4)]
 
 
 def job(kind, mesh, micro_batches, **more):
-    optimizer, dtype, _ = kind
+    optimizer, dtype, *_ = kind
     name = f"{optimizer}-{'x'.join(map(str, mesh[:2]))}-{mesh[2]}-{micro_batches}"
     settings = {"optimizer": optimizer, "dtype": dtype, "mesh": mesh, "steps": STEPS}
     return {"name": name, **settings, "micro_batches": micro_batches, **more}
 
 
 WRONG = {**job(KINDS[0], MESHES[0], 1), "name": "wrong", "wrong_rows_of": 1}
-SAVED = {"optimizer": "adamw", "layers": 1, "micro_batches": 1, "mesh": (4, 2, True)}
+SAVED = {"optimizer": "adamw", "mesh": (4, 2, True)}
 
 
 @pytest.fixture(scope="module")
@@ -178,46 +184,44 @@ def short(tmp_path_factory):
     two = {"name": "two", **SAVED, "steps": 2, "save": str(folder / "of_two")}
     back = {"name": "back", **SAVED, "steps": 0, "restore": str(folder / "of_one")}
     back["mesh"] = (2, 4, False)
-    jobs = [job(*case, layers=1) for case in QUICK]
-    work_in_two(folder, [*jobs, {**WRONG, "layers": 1}, two, back])
+    work_in_two(folder, [*(job(*case) for case in QUICK), WRONG, two, back])
     return folder
 
 
-def check_equal(folder, cases, layers):
+def check_equal(folder, cases):
     """The jobs of two processes in `folder` against one process with eight devices and with one."""
     for kind, mesh, micro_batches in cases:
-        optimizer, dtype, tolerance = kind
-        config = config_of(optimizer, dtype, mesh, micro_batches, layers)
+        optimizer, dtype, of_losses, of_leaves = kind
+        config = config_of(optimizer, dtype, mesh, micro_batches)
         name = job(kind, mesh, micro_batches)["name"]
         found = loaded(folder / f"{name}.npz")
         batches, read = batches_of(folder, name, config)
         np.testing.assert_array_equal(batches, wanted_batches(config))
         assert read == [{0, 1, 2, 3}, {4, 5, 6, 7}]
         for one in (mesh, (1, 1, False)):
-            wanted = alone(optimizer, dtype, one, micro_batches, layers)
+            wanted = alone(optimizer, dtype, one, micro_batches)
             losses, leaves = gap(found, wanted)
             print(f"{name} and {one}: losses {losses:.1e}, leaves {leaves:.1e}")
-            assert losses <= tolerance and leaves <= tolerance
+            assert losses <= of_losses and leaves <= of_leaves
 
     # The control: process 1 reads the rows of process 0, and every one of these notices.
-    config = config_of("sgd", "float32", MESHES[0], 1, layers)
+    config = config_of("sgd", "float32", MESHES[0], 1)
     batches, read = batches_of(folder, "wrong", config)
     assert (batches != wanted_batches(config)).any() and read == [{0, 1, 2, 3}] * 2
-    wanted = alone("sgd", "float32", MESHES[0], 1, layers)
+    wanted = alone("sgd", "float32", MESHES[0], 1)
     losses, leaves = gap(loaded(folder / "wrong.npz"), wanted)
     print(f"wrong rows: losses {losses:.1e}, leaves {leaves:.1e}")
     assert losses > 1e-4 and leaves > 1e-3
 
 
 def test_two_processes_equal_one_and_one_device(short):
-    check_equal(short, QUICK, layers=1)
+    check_equal(short, QUICK)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_on_every_mesh(tmp_path):
-    jobs = [job(*case, layers=2) for case in MATRIX]
-    work_in_two(tmp_path, [*jobs, {**WRONG, "layers": 2}])
-    check_equal(tmp_path, MATRIX, layers=2)
+    work_in_two(tmp_path, [*(job(*case) for case in MATRIX), WRONG])
+    check_equal(tmp_path, MATRIX)
 
 
 def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path):
@@ -272,7 +276,7 @@ def states(file):
 )
 def test_a_checkpoint_of_two_processes_in_one(short, mesh):
     """Written sharded over 4 x 2 by two processes; read by one, on one, four and eight devices."""
-    program = process_worker.train.program(config_of("adamw", "float32", mesh, 1, 1))
+    program = process_worker.train.program(config_of("adamw", "float32", mesh, 1))
     state, _ = checkpoint.restore(short / "of_two", program.abstract_state)
     assert jax.tree.leaves(state)[-1].sharding.mesh.size == mesh[0] * mesh[1]
     began, wanted = states(short / "two.npz")
@@ -497,8 +501,8 @@ def test_twenty_random_moments(tmp_path, uninterrupted):
 
 @pytest.mark.slow
 def test_resume_auto_goes_on_with_other_processes_and_devices(tmp_path, uninterrupted):
-    """Ten updates by two processes, ten by one with four devices on another mesh, the rest by two
-    with two devices each and everything sharded: the losses of the uninterrupted run, in float32
+    """Ten updates by two processes, ten by one with four devices on another mesh, ten by two with
+    two devices each and everything sharded: the losses of the uninterrupted run, in float32
     but for sums in another order (1e-5 after 30 updates of Muon, which magnifies them)."""
     wanted, _ = uninterrupted(TOTAL)
     run = ["--run", str(tmp_path / "run"), "--schedule-steps", str(TOTAL)]
@@ -600,6 +604,34 @@ def test_a_launcher_whose_coordinator_jax_does_not_find(tmp_path):
     (line,) = err.splitlines()
     assert code == 2 and not (tmp_path / "run").exists()
     assert "OMPI_COMM_WORLD_SIZE=2" in line and "give --coordinator HOST:PORT, --processes" in line
+
+
+@pytest.mark.slow
+def test_the_environment_of_open_mpi_4_is_enough(tmp_path):
+    """As mpirun sets it: JAX takes host and port from the address of the launcher."""
+    job = next(n for n in range(os.getpid(), os.getpid() + 99) if free_port(61440 + n % 4096))
+    code = (
+        "from mhcjax import cluster, processes\n"
+        "cluster.join()\nprint(*processes.gather(processes.leads()))\ncluster.leave()\n"
+    )
+    started = [
+        start(
+            [sys.executable, "-c", code],
+            devices(
+                4,
+                OMPI_MCA_orte_hnp_uri=f"{job * 4096}.0;tcp://127.0.0.1:34911",
+                OMPI_COMM_WORLD_SIZE="2",
+                OMPI_COMM_WORLD_LOCAL_SIZE="2",
+                OMPI_COMM_WORLD_RANK=str(i),
+                OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+            ),
+            tmp_path,
+        )
+        for i in range(2)
+    ]
+    for status, out, err in finish(started):
+        assert status == 0, err
+        assert "True False" in out
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,10 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
         data = count // model
     size = data * model
     if size > count:
-        fits = (
-            f"mesh.data at most {count // model}"
-            if model <= count
-            else f"mesh.model {count // data}"
-            if data <= count
-            else f"data x model at most {count}"
-        )
+        if model <= count:
+            fits = f"mesh.data at most {count // model}"
+        else:
+            fits = f"mesh.model at most {max(1, count // data)}"
         raise ValueError(
             f"mesh data={data} x model={model} wants {size} devices, {count} are here: give {fits}"
         )
