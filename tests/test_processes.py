@@ -547,6 +547,7 @@ def test_ctrl_c_of_one_process_stops_both_with_a_checkpoint(tmp_path):
         (("auto", None, None, 1), "--heartbeat is 1: give at least 5 seconds"),
         (("host:80", 2, 2), "--process is 2: give 0 to 1"),
         (("host:80", 2, -1), "--process is -1: give 0 to 1"),
+        (("host:80", None, -1), "--process is -1: give 0 or more"),
     ],
 )
 def test_flags_that_cannot_be(given, message):

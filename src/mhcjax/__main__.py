@@ -1,7 +1,7 @@
 """The command line: mhcjax train | sample | diagnose | inspect | info.
 
 Exit codes: 0 success, 1 a failed check or a run that diverged, 2 bad input (one line that names the
-fix), 128 + signal when a signal stopped a run that was saved.
+fix), 3 another process of the run is gone, 128 + signal when a signal stopped a run that was saved.
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ def join(
             initialization_timeout=2 * math.ceil(patience),
             heartbeat_timeout_seconds=heartbeat,
         )
-        names = gather(socket.gethostname())
+        # A port that answers as long as process 0 lives; nobody ever speaks on it.
+        sign = socket.create_server(("", 0)) if leads() else None
+        hosts = gather([socket.gethostname(), sign.getsockname()[1] if sign else None])
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         _dismiss()
         found = f" ({word})" if word else ""
@@ -134,7 +136,8 @@ def join(
     finally:
         late.cancel()
     if several():
-        _keep_watch(names, coordinator.rsplit(":", 1)[0] if explicit else names[0])
+        leader = coordinator.rsplit(":", 1)[0] if explicit else hosts[0][0]
+        _keep_watch([name for name, _ in hosts], leader, hosts[0][1], sign)
     else:
         _dismiss()
 
@@ -146,7 +149,8 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
     if processes is not None and processes < 1:
         raise ValueError(f"--processes is {processes}: give at least 1")
     if process is not None and not 0 <= process < (processes or math.inf):
-        raise ValueError(f"--process is {process}: give 0 to {(processes or 0) - 1}")
+        fits = f"0 to {processes - 1}" if processes else "0 or more"
+        raise ValueError(f"--process is {process}: give {fits}")
     if process == 0:
         # Two servers of gRPC can share a port: the processes of two runs would join each other.
         try:
@@ -226,11 +230,8 @@ def _dismiss() -> None:
         _witness.pop().communicate("\n")
 
 
-def _keep_watch(names: list[str], leader: str) -> None:
+def _keep_watch(names: list[str], leader: str, port: int, sign: socket.socket | None) -> None:
     me = f"process {jax.process_index()} of {len(names)} ({names[jax.process_index()]})"
-    # A port that answers as long as process 0 lives; nobody ever speaks on it.
-    sign = socket.create_server(("", 0)) if leads() else None
-    port = gather(sign.getsockname()[1] if sign else 0)[0]
     # Where the sign cannot be reached, its silence proves nothing.
     if not leads() and _answers(leader, port):
         _last_words(f"{me} ends: process 0 ({names[0]}) is gone; {_REMEDY}", leader, port)
