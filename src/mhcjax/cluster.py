@@ -26,7 +26,7 @@ from mhcjax.processes import gather, leads, several
 
 __all__ = ["announced", "join", "leave", "verdict"]
 
-PATIENCE = 60.0  # seconds until the processes must have found each other
+PATIENCE = 50.0  # seconds to find each other: a minute with what comes before
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 LOST = 3  # exit code of a process that ends because another one is gone
 
@@ -216,7 +216,7 @@ def _last_words(line: str, host: str = "", port: int | None = None) -> None:
         _witness.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
         )
-        atexit.register(_dismiss)  # an exit in order needs no last words
+        atexit.register(leave, together=False)  # an exit in order needs no last words
     pipe = _witness[0].stdin
     with contextlib.suppress(OSError):
         if pipe is not None:
@@ -253,12 +253,13 @@ def _watch(me: str, names: list[str], sign: socket.socket | None) -> None:
         try:
             with multihost_utils.live_devices(devices) as alive:
                 gone = {d.process_index for d in devices} - {d.process_index for d in alive}
-                time.sleep(1)
+                _left.wait(1)
         except multihost_utils.ProcessFailureError as error:
             gone = {d.process_index for d in error.failed_devices}
         except Exception:  # the service itself: JAX is about to abort this process
             gone = {0}
-        if _left.is_set():
+        # Process 0 goes last: the service that the others take leave of is in it.
+        if _left.is_set() and (gone or not leads()):
             return
     if _left.wait(1):  # they went because the run is over
         return
@@ -279,15 +280,17 @@ def leave(*, together: bool = True) -> None:
     >>> leave()
     """
     if not jax.distributed.is_initialized():
+        _dismiss()
         return
     if together:
         gather(None)
     _left.set()
-    if leads() and _threads:
-        # Its service must outlive the others: the watcher waits until JAX has seen them go.
-        _threads[0].join(10 if together else 5)
     _dismiss()
+    for watch in _threads:
+        watch.join(10 if together else 5)
     jax.distributed.shutdown()
+    for watch in _threads:
+        watch.join(5)  # the interpreter must not end while it is inside JAX
 
 
 def verdict(seconds: float = HEARTBEAT + 10) -> None:
