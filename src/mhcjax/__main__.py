@@ -188,12 +188,9 @@ def _version() -> str:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import jax
-
     from mhcjax import audit, cluster, loop, processes, runs
 
     cluster.join(args.coordinator, args.processes, args.process, heartbeat=args.heartbeat)
-    together = False
     try:
         overrides = _overrides(args)
         folder = args.run
@@ -216,13 +213,13 @@ def _train(args: argparse.Namespace) -> int:
             say=_say,
             command=command(),
         )
-        together = True
+        cluster.leave()
         return outcome.exit_code
-    except jax.errors.JaxRuntimeError:
+    except RuntimeError:  # JAX's, from a collective or a barrier
         cluster.verdict(args.heartbeat + 10)
         raise
     finally:
-        cluster.leave(together=together)
+        cluster.leave(together=False)
 
 
 def _say(line: str) -> None:
