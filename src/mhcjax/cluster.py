@@ -122,10 +122,8 @@ def join(
             initialization_timeout=2 * math.ceil(patience),
             heartbeat_timeout_seconds=heartbeat,
         )
-        # A port that answers as long as process 0 lives; nobody ever speaks on it.
-        sign = socket.create_server(("", 0)) if leads() else None
-        hosts = gather([socket.gethostname(), sign.getsockname()[1] if sign else None])
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        late.cancel()
         _dismiss()
         found = f" ({word})" if word else ""
         raise ValueError(
@@ -133,8 +131,14 @@ def join(
             f"{' '.join(str(error).split())[:200]}: give --coordinator HOST:PORT, --processes and "
             "--process"
         ) from error
-    finally:
-        late.cancel()
+    try:
+        # A port that answers as long as process 0 lives; nobody ever speaks on it.
+        sign = socket.create_server(("", 0)) if leads() else None
+        hosts = gather([socket.gethostname(), sign.getsockname()[1] if sign else None])
+    except RuntimeError:
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        _end(LOST, f"{me} ends: another one is gone before all had joined; {_REMEDY}")
+    late.cancel()
     if several():
         leader = coordinator.rsplit(":", 1)[0] if explicit else hosts[0][0]
         _keep_watch([name for name, _ in hosts], leader, hosts[0][1], sign)
