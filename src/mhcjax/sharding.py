@@ -11,6 +11,7 @@ send back, halves of the logits on the move.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
+    "divisors",
     "fan_out",
     "first_of",
     "gather",
@@ -46,17 +48,28 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
     devices = jax.devices() if devices is None else devices
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh data={data}, model={model}: give at least 1 for each")
+    count = len(devices)
     if data is None:
-        if len(devices) % model:
+        if count % model:
             raise ValueError(
-                f"mesh.model {model} does not divide the {len(devices)} devices: "
-                f"use one of {[m for m in range(1, len(devices) + 1) if len(devices) % m == 0]}"
+                f"mesh.model {model} does not divide the {count} devices: "
+                f"use one of {divisors(count)}"
             )
-        data = len(devices) // model
-    if data * model > len(devices):
+        data = count // model
+    size = data * model
+    if size > count:
+        if model <= count:
+            fits = f"mesh.data at most {count // model}"
+        else:
+            fits = f"mesh.model at most {max(1, count // data)}"
         raise ValueError(
-            f"mesh data={data} x model={model} wants {data * model} devices, "
-            f"{len(devices)} are here: lower mesh.data or mesh.model"
+            f"mesh data={data} x model={model} wants {size} devices, {count} are here: give {fits}"
+        )
+    idle = {d.process_index for d in devices[size:]} - {d.process_index for d in devices[:size]}
+    if idle:
+        raise ValueError(
+            f"mesh data={data} x model={model} takes {size} of {count} devices and none of process "
+            f"{min(idle)}: give mesh.model one of {divisors(count)} and leave mesh.data out"
         )
     # Auto axes: Explicit, the default of make_mesh, breaks embedding lookups.
     return jax.make_mesh(
@@ -65,6 +78,16 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
         axis_types=(AxisType.Auto,) * 2,
         devices=devices[: data * model],
     )
+
+
+def divisors(*sizes: int, most: int | None = None) -> list[int]:
+    """What divides all of the sizes, up to `most`.
+
+    >>> divisors(12, 8)
+    [1, 2, 4]
+    """
+    common = math.gcd(*sizes)
+    return [n for n in range(1, min(common, most or common) + 1) if common % n == 0]
 
 
 def partition(letters: str, *, shard_params: bool = False) -> PartitionSpec:

@@ -145,19 +145,24 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     >>> check_mesh(Config(), sharding.make_mesh(1, 1))
     """
     m, model, data = config.model, mesh.shape["model"], mesh.shape["data"]
-    sizes = {
+    params = gpt.abstract_params(m)
+    over_model = {
         "model.heads": m.heads,
         "model.kv_heads": m.kv_heads or m.heads,
-        "model.hidden": gpt.abstract_params(m)["blocks"]["mlp"]["up"].shape[-1],
-        "the stored vocabulary": gpt.abstract_params(m)["embedding"].shape[0],
+        "model.hidden": params["blocks"]["mlp"]["up"].shape[-1],
+        f"the storage of model.vocab {m.vocab}": params["embedding"].shape[0],
     }
-    for name, size in sizes.items():
-        if size % model:
-            raise ValueError(f"{name} {size} does not divide by mesh.model {model}: change one")
-    if config.data.batch % data:
-        raise ValueError(
-            f"data.batch {config.data.batch} does not divide by mesh.data {data}: change one"
-        )
+    over_data = {"data.batch": config.data.batch}
+    if config.mesh.shard_params:
+        over_data["model.width"] = m.width
+    for axis, parts, sizes in (("model", model, over_model), ("data", data, over_data)):
+        for name, size in sizes.items():
+            if size % parts:
+                fits = sharding.divisors(*sizes.values(), most=mesh.size)
+                raise ValueError(
+                    f"{name}, {size}, does not divide by mesh.{axis} {parts}: "
+                    f"give mesh.{axis} one of {fits}, or change the size"
+                )
     if config.data.length > m.context:
         raise ValueError(
             f"data.length {config.data.length} is beyond model.context {m.context}: raise it"
