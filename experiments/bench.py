@@ -3,7 +3,9 @@
 python -m experiments.bench model                            # this machine's default table
 python -m experiments.bench model --shapes gpt2_124m --connections residual mhc_n2 --profile
 python -m experiments.bench model --set optim.name=muon --out muon.json
+python -m experiments.bench layer --shapes d2048 d4096        # one layer against its floor
 python -m experiments.bench paths --shape d20                # fast path against reference path
+python -m experiments.bench scale --shapes gpt2_124m         # over 1, 2, 4, ... devices
 
 Every row runs in a process of its own, so that the peak of memory is that row's and one that runs
 out of memory does not end the table. Figures are written as they come.
@@ -24,8 +26,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import scaling
 from mhcjax import runlog
 from mhcjax.config import Config, override, preset
+
+
+def _grown(layers: int, width: int, heads: int, context: int) -> dict[str, Any]:
+    """Changes that make a larger model of a preset, and a batch that one device holds."""
+    sizes = {"layers": layers, "width": width, "heads": heads, "context": context}
+    return {f"model.{k}": v for k, v in sizes.items()} | {"data.length": context, "data.batch": 8}
+
 
 # The table of shapes: a preset and what a benchmark changes in it. `cpu` ones take seconds.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +43,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "nano": ("nano", {"optim.name": "adamw"}),
     "d20": ("d20", {"model.dtype": "bfloat16", "data.batch": 256, "optim.name": "adamw"}),
     "gpt2_124m": ("gpt2_124m", {}),
+    "gpt_1b3": ("gpt2_124m", _grown(24, 2048, 16, 2048)),
+    "gpt_7b": ("gpt2_124m", _grown(32, 4096, 32, 4096)),
+    "gpt_27b": ("gpt2_124m", _grown(60, 6144, 48, 4096)),
 }
 COLUMNS = {
     "shape": "shape",
@@ -60,7 +73,16 @@ def config_of(shape: str, connection: str, changes: dict[str, Any]) -> Config:
     return override(preset(name), {**own, **named, **changes, "name": shape})
 
 
-def _changes(items: Sequence[str]) -> dict[str, str]:
+def zipf_tokens(vocab: int) -> Any:
+    """As frequent as words are (Zipf, Mandelbrot): equal rows of the embedding's gradient wait for
+    each other, which uniform tokens would hide."""
+    import numpy as np
+
+    weights = 1 / (np.arange(vocab) + 2.7)
+    return np.random.default_rng(0).choice(vocab, size=1 << 20, p=weights / weights.sum())
+
+
+def changes_of(items: Sequence[str]) -> dict[str, str]:
     for item in items:
         if "=" not in item:
             raise ValueError(f"--set {item}: write FIELD=VALUE, e.g. optim.name=muon")
@@ -80,13 +102,7 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
     step = program.compile(hyper)
     compiled = time.perf_counter() - began
     state = program.init(jax.random.key(config.seed))
-    # As frequent as words are (Zipf, Mandelbrot): equal rows of the embedding's gradient wait for
-    # each other, which uniform tokens would hide.
-    weights = 1 / (np.arange(config.model.vocab) + 2.7)
-    tokens = np.random.default_rng(0).choice(
-        config.model.vocab, size=1 << 20, p=weights / weights.sum()
-    )
-    made = 0
+    tokens, made = zipf_tokens(config.model.vocab), 0
 
     def batch() -> jax.Array:
         nonlocal made
@@ -168,7 +184,7 @@ def paths(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    changes = _changes(args.set)
+    changes = changes_of(args.set)
     slow = {"model.loss": "plain", "model.connection.implementation": "reference"}
     rows = []
     for dtype, steps in (("float32", 20), ("bfloat16", args.steps)):
@@ -274,7 +290,7 @@ def row_process(request: dict[str, Any]) -> dict[str, Any]:
 
 def model(args: argparse.Namespace) -> int:
     """The table over shapes and connections."""
-    changes = _changes(args.set)
+    changes = changes_of(args.set)
     requests = [
         {
             "shape": shape,
@@ -333,12 +349,19 @@ def main() -> int:
     m.add_argument("--steps", type=int, default=10, help="steps in a window [10]")
     m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
     m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
+    l = verbs.add_parser("layer", help="one layer, forward and backward, against its floor")
+    l.add_argument("--shapes", nargs="+", default=["cpu_tiny"])
+    l.add_argument("--connections", nargs="+", default=["mhc", "mhc_n2"])
+    l.add_argument("--implementations", nargs="+", default=["pallas", "xla"])
+    l.add_argument("--out", type=Path, default=Path("runs/layer.json"), help="JSON of all rows")
     p = verbs.add_parser("paths", help="loss curves of the fast and of the reference path")
     p.add_argument("--shape", default="cpu_tiny", help=f"of {', '.join(SHAPES)}")
     p.add_argument("--connection", default="mhc_n2")
     p.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config overrides")
     p.add_argument("--steps", type=int, default=200, help="steps in bfloat16 [200]")
     p.add_argument("--out", type=Path, default=Path("runs/paths.json"), help="JSON of all curves")
+    s = verbs.add_parser("scale", help="weak and strong scaling over the devices that are there")
+    scaling.add_arguments(s)
     one = verbs.add_parser("row", help="one row, for the process that `model` starts")
     one.add_argument("request")
     one.add_argument("answer", type=Path)
@@ -346,6 +369,12 @@ def main() -> int:
     try:
         if args.verb == "model":
             return model(args)
+        if args.verb == "scale":
+            return scaling.scale(args)
+        if args.verb == "layer":
+            from experiments import bench_layer
+
+            return bench_layer.main(args)
         if args.verb == "paths":
             return paths(args)
         row(json.loads(args.request), args.answer)

@@ -35,6 +35,8 @@ ORDER = [
     "testing",
     "config",
     "sharding",
+    "processes",
+    "cluster",
     "head",
     "layers",
     "gpt",
@@ -44,6 +46,8 @@ ORDER = [
     "data",
     "optim",
     "train",
+    "costs",
+    "plan",
     "sample",
     "audit",
     "plots",
@@ -72,7 +76,7 @@ PACKAGE_LEVEL = ORDER.index("diagnostics")
 # What a module may import besides the standard library and mhcjax; others: what pyproject declares.
 # NumPy counts with JAX, which cannot be installed without it.
 THIRD_PARTY = {
-    **{name: {"jax", "numpy"} for name in ["__init__", *CORE, "sharding"]},
+    **{name: {"jax", "numpy"} for name in ["__init__", *CORE, "sharding", "processes", "cluster"]},
     "kernels": {"jax"},
     "converters": {"numpy"},
     "testing": {"jax", "numpy", "hypothesis", "chex"},

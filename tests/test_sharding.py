@@ -199,10 +199,12 @@ def test_a_wrong_order_of_batches_is_caught():
 
 
 def test_the_loss_of_one_shard_is_caught(monkeypatch):
-    """What a forgotten mean over the devices would train on."""
-    honest, wanted = train.losses, alone("sgd", "float32")  # before anything is patched
+    """What a forgotten sum over the devices would train on: each device's own rows."""
+    wanted = alone("sgd", "float32")  # before anything is patched
     monkeypatch.setattr(
-        train, "losses", lambda model, tokens, **options: honest(model, tokens[:1], **options)
+        sharding,
+        "reduce",
+        lambda tree, specs: jax.tree.map(lambda a: a * sharding.ways("data"), tree),
     )
     losses, parameters = gap(run(config_of("sgd", "float32", MESH)), wanted)
     assert losses > 1e-3 and parameters > 1e-3
@@ -338,13 +340,25 @@ def test_make_mesh(data, model, shape):
         (0, 1, "mesh data=0, model=1: give at least 1 for each"),
         (1, -2, "mesh data=1, model=-2: give at least 1 for each"),
         (None, 3, "mesh.model 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
-        (8, 2, "mesh data=8 x model=2 wants 16 devices, 8 are here: lower mesh.data or mesh.model"),
+        (8, 2, "mesh data=8 x model=2 wants 16 devices, 8 are here: give mesh.data at most 4"),
+        (2, 16, "mesh data=2 x model=16 wants 32 devices, 8 are here: give mesh.model at most 4"),
     ],
 )
 def test_meshes_that_cannot_be(data, model, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         sharding.make_mesh(data, model)
     assert "\n" not in str(error.value)
+
+
+def test_a_mesh_that_leaves_a_process_without_devices():
+    """It could not take part, and the others would wait for it."""
+    eight = [SimpleNamespace(process_index=i // 4) for i in range(8)]
+    message = (
+        "mesh data=2 x model=2 takes 4 of 8 devices and none of process 1: "
+        "give mesh.model one of [1, 2, 4, 8] and leave mesh.data out"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sharding.make_mesh(2, 2, devices=eight)
 
 
 def test_every_parameter_has_its_letters():

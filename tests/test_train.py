@@ -535,10 +535,37 @@ def test_device_of_refuses_in_one_line(name, fits):
 @pytest.mark.parametrize(
     ("mesh", "model", "options", "message"),
     [
-        ((1, 8), {}, {}, "model.heads 4 does not divide by mesh.model 8: change one"),
-        ((1, 4), {"kv_heads": 2}, {}, "model.kv_heads 2 does not divide by mesh.model 4"),
-        ((1, 4), {"hidden": 66}, {}, "model.hidden 66 does not divide by mesh.model 4"),
-        ((8, 1), {}, {"batch": 12}, "data.batch 12 does not divide by mesh.data 8: change one"),
+        (
+            (1, 8),
+            {},
+            {},
+            "model.heads, 4, does not divide by mesh.model 8: give mesh.model one of [1, 2, 4]",
+        ),
+        (
+            (1, 4),
+            {"kv_heads": 2},
+            {},
+            "model.kv_heads, 2, does not divide by mesh.model 4: give mesh.model one of [1, 2],",
+        ),
+        (
+            (1, 4),
+            {"hidden": 66},
+            {},
+            "model.hidden, 66, does not divide by mesh.model 4: give mesh.model one of [1, 2],",
+        ),
+        (
+            (8, 1),
+            {},
+            {"batch": 12},
+            "data.batch, 12, does not divide by mesh.data 8: give mesh.data one of [1, 2, 3, 4, 6]",
+        ),
+        (
+            (1, 3),
+            {"heads": 6, "width": 48, "hidden": 66},
+            {},
+            "the storage of model.vocab 128, 128, does not divide by mesh.model 3: "
+            "give mesh.model one of [1, 2],",
+        ),
         ((1, 1), {}, {"length": 33}, "data.length 33 is beyond model.context 32: raise it"),
     ],
 )

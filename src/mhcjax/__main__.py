@@ -1,7 +1,7 @@
 """The command line: mhcjax train | sample | diagnose | inspect | info.
 
 Exit codes: 0 success, 1 a failed check or a run that diverged, 2 bad input (one line that names the
-fix), 128 + signal when a signal stopped a run that was saved.
+fix), 3 another process of the run is gone, 128 + signal when a signal stopped a run that was saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mhcjax.config import PRESETS, Config, fields, override, preset
+from mhcjax.config import PRESETS, Config, fields, from_json, override, preset, to_json
 
 __all__ = ["command", "main", "use_compilation_cache"]
 
@@ -106,6 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--run", type=Path, help="the run's folder [runs/<model name>]")
     p.add_argument("--resume", default="auto", help="auto, never, or a checkpoint to start from")
     p.add_argument("--dry-run", action="store_true", help="compile, print the plan, train nothing")
+    group = p.add_argument_group("several processes (one command per host, see docs/clusters.md)")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; auto: as JAX reads it from the environment [auto under srun, mpirun]",
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many [as the launcher says]")
+    group.add_argument("--process", type=int, metavar="I", help="which one, from 0 [likewise]")
+    group.add_argument(
+        "--heartbeat",
+        type=int,
+        metavar="S",
+        default=30,
+        help="seconds of silence after which a process counts as dead [30]",
+    )
     _add_config(p)
 
     p = verb(
@@ -150,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="explain a connection by its preset's name: formula, parameters, bytes, init",
     )
+    p.add_argument(
+        "--mesh",
+        metavar="data=64,model=8",
+        help="plan for that mesh: memory, collectives and, with --device, the step's time",
+    )
     p.add_argument("--no-compile", action="store_true", help="leave out the memory of the step")
     p.add_argument("--json", action="store_true", help="print JSON")
     _add_config(p)
@@ -173,19 +193,38 @@ def _version() -> str:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from mhcjax import audit, loop, runs
+    from mhcjax import audit, cluster, loop, processes, runs
 
-    overrides = _overrides(args)
-    folder = args.run
-    if folder is None:
-        config = override(preset(args.preset or "nano"), overrides)
-        folder = Path("runs") / audit.model_name(config)
-        print(f"run folder: {folder}")
-    config = runs.resolve(folder, overrides, preset_name=args.preset, resume=args.resume)
-    outcome = loop.fit(
-        config, folder, resume=args.resume, dry_run=args.dry_run, say=_say, command=command()
-    )
-    return outcome.exit_code
+    cluster.join(args.coordinator, args.processes, args.process, heartbeat=args.heartbeat)
+    try:
+        overrides = _overrides(args)
+        folder = args.run
+        if folder is None:
+            config = override(preset(args.preset or "nano"), overrides)
+            folder = Path("runs") / audit.model_name(config)
+            if processes.leads():
+                print(f"run folder: {folder}")
+        # By one of several processes: the others may see a folder that it has begun to fill.
+        text = processes.agreed(
+            lambda: to_json(
+                runs.resolve(folder, overrides, preset_name=args.preset, resume=args.resume)
+            )
+        )
+        outcome = loop.fit(
+            from_json(text),
+            folder,
+            resume=args.resume,
+            dry_run=args.dry_run,
+            say=_say,
+            command=command(),
+        )
+        cluster.leave()
+        return outcome.exit_code
+    except RuntimeError:  # JAX's, from a collective or a barrier
+        cluster.verdict(args.heartbeat + 10)
+        raise
+    finally:
+        cluster.leave(together=False)
 
 
 def _say(line: str) -> None:
@@ -315,15 +354,19 @@ def _row(values: Sequence[float]) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from mhcjax import audit, gpt, optim, train
+    from mhcjax import audit, costs, gpt, optim, plan, train
 
     config = override(preset(args.preset), _overrides(args))
+    if args.mesh:
+        config = override(config, costs.parse_mesh(args.mesh))
     if args.connection:
         # By itself: the init of the model's preset is not the connection's own.
         own = {"model.connection.preset": args.connection, "model.connection.init": None}
         config = override(config, {**own, **_overrides(args)})
         spec = gpt.connection_of(config.model)
         rows = audit.connection_info(spec, width=config.model.width, layers=2 * config.model.layers)
+    elif args.mesh:
+        rows = audit.info(config, device=args.device) | plan.info(config, device=args.device)
     elif args.no_compile:
         rows = audit.info(config, device=args.device)
     else:
@@ -333,21 +376,25 @@ def _info(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    flat = []
+    flat: list[tuple[str, str]] = []
     for name, value in rows.items():
         if isinstance(value, dict):
-            flat += [
-                (f"  {key}", f"{n:,}" if isinstance(n, int) else f"{n}") for key, n in value.items()
-            ]
+            flat.append((name, ""))
+            flat += [(f"  {key}", _figure(n)) for key, n in value.items()]
         elif isinstance(value, list):
             flat += [(name if not k else "", line) for k, line in enumerate(value or ["none"])]
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            flat.append((name, str(value)))
         else:
-            flat.append((name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"))
-    for name, value in flat:
-        print(f"{name:<{max(34, *(len(n) for n, _ in flat))}} {value}")
+            flat.append((name, _figure(value)))
+    wide = max(34, *(len(name) for name, _ in flat))
+    for name, shown in flat:
+        print(f"{name:<{wide}} {shown}".rstrip())
     return 0
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _table(rows: list[dict[str, str]]) -> None:

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from mhcjax import processes
 
 __all__ = [
     "Checkpoints",
@@ -77,16 +78,10 @@ def _spec(leaf: Any) -> Spec:
     return [list(leaf.shape), str(leaf.dtype)]
 
 
-def _host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
-
-
 def _digest(leaf: Any) -> str:
     digest = hashlib.sha256(json.dumps(_spec(leaf)).encode())
     # Through uint8, because bfloat16 has no buffer protocol.
-    digest.update(np.ascontiguousarray(_host(leaf)).reshape(-1).view(np.uint8).data)
+    digest.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -186,7 +181,7 @@ class Checkpoints:
             "tree": {name: _spec(leaf) for name, leaf in sorted(flat.items())},
         }
         self.wait()
-        newest = self.latest()
+        newest = processes.agreed(self.latest)
         if newest is not None and step <= newest:
             with contextlib.suppress(ValueError):  # an unreadable step is not the same
                 stored = describe(self.folder / str(step))

@@ -52,7 +52,7 @@ class ConnectionConfig:
     exit: str | None = _option(
         None, "how they are collapsed: mean, sum, learned_head, attention_pool, last_pre"
     )
-    implementation: Literal["xla", "reference"] | None = _option(
+    implementation: Literal["pallas", "xla", "reference"] | None = _option(
         None, "of mix, read and write (None: the fastest for the backend)"
     )
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mhcjax import coefficients, kernels
-from mhcjax.coefficients import Dynamic, Fixed, Params, check_choice
+from mhcjax.coefficients import Dynamic, Fixed, Params, Static, check_choice
 from mhcjax.manifolds import manifold_of, reference
 from mhcjax.spec import RULES, VECTOR_MAPS, Connection, Rule
 
@@ -99,8 +99,8 @@ def mix(
     how = _implementation(implementation, spec, ready, x)
     if how == "pallas" and isinstance(spec.coefficients, Dynamic):
         return Mix(*kernels.mix(*_on_kernels(spec, ready, x))[1:])
-    assert not isinstance(spec.coefficients, Fixed)
-    logits = coefficients.logits(spec.coefficients, spec.sizes, ready, x)
+    own = cast(Dynamic | Static, spec.coefficients)
+    logits = coefficients.logits(own, spec.sizes, ready, x)
     return Mix(*_maps(spec, logits, how))
 
 
@@ -150,20 +150,16 @@ class _OfProducts:
     def __call__(
         self, z: jax.Array, mean_square: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, ...]:
-        c = self.spec.coefficients
-        assert isinstance(c, Dynamic)
+        c = cast(Dynamic, self.spec.coefficients)
         logits = coefficients.of_products(c, self.spec.sizes, self.inputs, z, mean_square, bias)
         return _maps(self.spec, logits, "reference")
 
 
 def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...]:
     """The arguments of `kernels.mix` and `kernels.mix_and_read`."""
-    c = spec.coefficients
-    assert isinstance(c, Dynamic)
+    c = cast(Dynamic, spec.coefficients)
     w, bias = coefficients.linear(c, spec.sizes, spec.streams, ready)
-    # Two bfloat16s hold a weight to 2^-17, five hundred times finer than streams in bfloat16.
-    parts = 1 if c.precision == "default" else 2
-    return _OfProducts(spec, spec.streams * x.shape[-1]), parts, x, w, bias
+    return _OfProducts(spec, spec.streams * x.shape[-1]), x, w, bias
 
 
 def _implementation(

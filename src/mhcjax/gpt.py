@@ -5,8 +5,8 @@ parameters; train state, optimizer and checkpoints hold that dict, and a jitted 
 `nnx.merge(graphdef, params)`. Blocks are stored stacked, `[L, ...]`; scan or loop only decides how
 they are walked. No mixing mathematics in this file.
 
-Axis key: B batch, T position, S cached position, D width, N stream, H head, K head size, F hidden,
-V vocabulary, L block.
+Axis key: B batch, T position, S cached position, D width, N stream, E = N*D or D, projected to C
+columns by a dynamic mix, H head, K head size, F hidden, V vocabulary, L block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhcjax import connections, ends, head, layers, presets
+from mhcjax import connections, ends, head, layers, presets, sharding
 from mhcjax.config import ModelConfig, check_ranges
 from mhcjax.layers import rms_norm
 from mhcjax.spec import Connection, init
@@ -50,6 +50,7 @@ AXES = {
     "gate": "LDF",
     "up": "LDF",
     "down": "LFD",
+    "projection": "LEC",
 }
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
@@ -106,6 +107,7 @@ class Attention(nnx.Module):
     def __call__(
         self, u_BTD: jax.Array, positions_BT: jax.Array, cache: Cache | None, layer: Any
     ) -> tuple[jax.Array, Cache | None]:
+        u_BTD = sharding.fan_out(u_BTD)
         q, k, v = (
             jnp.einsum("btd,dhk->bthk", u_BTD, w[...].astype(u_BTD.dtype))
             for w in (self.query, self.key, self.value)
@@ -122,7 +124,8 @@ class Attention(nnx.Module):
             )
             seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
             y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen)
-        return jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype)), cache
+        y = jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype))
+        return sharding.total(y), cache
 
 
 class MLP(nnx.Module):
@@ -138,12 +141,13 @@ class MLP(nnx.Module):
         self.down = _normal(keys[2], (L, F, D), gain * F**-0.5 / (2 * L) ** 0.5, dtype)
 
     def __call__(self, u_BTD: jax.Array) -> jax.Array:
+        u_BTD = sharding.fan_out(u_BTD)
         up = u_BTD @ self.up[...].astype(u_BTD.dtype)
         if self.gated:
             hidden = jax.nn.silu(u_BTD @ self.gate[...].astype(u_BTD.dtype)) * up
         else:
             hidden = jnp.square(jax.nn.relu(up))
-        return hidden @ self.down[...].astype(u_BTD.dtype)
+        return sharding.total(hidden @ self.down[...].astype(u_BTD.dtype))
 
 
 class Block(nnx.Module):
@@ -235,9 +239,7 @@ class GPT(nnx.Module):
     def _enter(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Tokens -> (streams x[B, T, N, D], what the first sublayer reads where pre is carried)."""
         dtype = jnp.dtype(self.config.dtype)
-        # Looked up before it is narrowed: the gradient is then added up in the dtype of the
-        # parameters, and frequent tokens do not queue for bfloat16 atomics.
-        u_BTD = self.embedding[...][tokens_BT].astype(dtype)
+        u_BTD = _look_up(self.embedding[...], tokens_BT, dtype)
         params = {name: p[...] for name, p in self.entry.items()}
         x = ends.expand(u_BTD, self.spec.streams, self.spec.entry, params)
         return x, x[..., 0, :] if self.spec.carried else None
@@ -321,6 +323,18 @@ def _unstack(stacked: Any, layers: int) -> list[Any]:
     leaves, treedef = jax.tree.flatten(stacked)
     parts = [jnp.unstack(leaf) for leaf in leaves]
     return [jax.tree.unflatten(treedef, [part[l] for part in parts]) for l in range(layers)]
+
+
+def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the embedding, [B, T, D]; where `model` splits it, from the part that holds each."""
+    # Looked up before it is narrowed: the gradient is then added up in the dtype of the
+    # parameters, and frequent tokens do not queue for bfloat16 atomics.
+    if sharding.ways("model") == 1:
+        return table_VD[tokens_BT].astype(dtype)
+    rows = tokens_BT - sharding.first_of(table_VD.shape[0])
+    own = (rows >= 0) & (rows < table_VD.shape[0])
+    found = table_VD[jnp.where(own, rows, 0)].astype(dtype)
+    return sharding.total(jnp.where(own[..., None], found, 0))
 
 
 def _twice(f: Callable, u: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,8 @@
 """The head and its loss: logits over a padded vocabulary, cross-entropy without keeping them.
 
+Where `jax.shard_map` splits the vocabulary over `model`, each part makes the logits of its own
+columns; their maximum, their sum and the logit of the target are all that is exchanged.
+
 Axis key: B batch, T position, D width, V vocabulary as stored, C chunk of positions.
 """
 
@@ -10,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mhcjax.sharding import fan_out, first_of, total, ways
 
 __all__ = ["Head", "chunks_of", "cross_entropy", "logits", "loss", "predict"]
 
@@ -38,7 +43,13 @@ def _finish(raw: jax.Array, head: Head) -> jax.Array:
     z = _capped(raw, head)
     if z.shape[-1] == head.vocab:
         return z
-    return jnp.where(jnp.arange(z.shape[-1]) < head.vocab, z, -1e9)
+    return jnp.where(_columns(z) < head.vocab, z, -1e9)
+
+
+def _columns(z: jax.Array) -> jax.Array:
+    """Which tokens the last axis stands for: those of this part where `model` splits it."""
+    columns = jnp.arange(z.shape[-1])
+    return columns if ways("model") == 1 else columns + first_of(z.shape[-1])
 
 
 def _capped(raw: jax.Array, head: Head) -> jax.Array:
@@ -46,7 +57,18 @@ def _capped(raw: jax.Array, head: Head) -> jax.Array:
 
 
 def _logsumexp(z: jax.Array, vocab: int) -> jax.Array:
-    """Over the first `vocab` of the last axis, in one pass; the rest is storage.
+    """Over the first `vocab` tokens, which the last axis holds; the rest is storage."""
+    if ways("model") == 1:
+        top, added = _top_and_sum(z, vocab)
+        return top + jnp.log(added)
+    real = jnp.where(_columns(z) < vocab, z, jnp.finfo(z.dtype).min)
+    own, added = _top_and_sum(real, z.shape[-1])
+    top = jax.lax.pmax(own, "model")
+    return top + jnp.log(jax.lax.psum(added * jnp.exp(own - top), "model"))
+
+
+def _top_and_sum(z: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """-> (maximum, sum of exponentials relative to it) over the first `vocab`, in one pass.
 
     The axis is cut into eight slabs that are reduced elementwise, so that the pairs (maximum, sum
     of exponentials relative to it) that are merged in the end are an eighth of the elements.
@@ -59,19 +81,18 @@ def _logsumexp(z: jax.Array, vocab: int) -> jax.Array:
             slab = jnp.where(jnp.arange(width) < vocab - start, slab, jnp.finfo(z.dtype).min)
         slabs.append(slab)
     tops = reduce(jnp.maximum, slabs)
-    totals = sum(jnp.exp(slab - tops) for slab in slabs)
+    sums = sum(jnp.exp(slab - tops) for slab in slabs)
 
     def merge(a: tuple, b: tuple) -> tuple:
-        (top_a, total_a), (top_b, total_b) = a, b
+        (top_a, sum_a), (top_b, sum_b) = a, b
         small = jnp.exp(-jnp.abs(top_a - top_b))
         larger = top_a > top_b
-        total = jnp.where(larger, total_a + total_b * small, total_a * small + total_b)
-        return jnp.maximum(top_a, top_b), total
+        added = jnp.where(larger, sum_a + sum_b * small, sum_a * small + sum_b)
+        return jnp.maximum(top_a, top_b), added
 
     least = jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)  # -inf would make inf - inf
     nothing = (least, jnp.zeros((), z.dtype))
-    top, total = jax.lax.reduce((tops, totals), nothing, merge, (z.ndim - 1,))
-    return top + jnp.log(total)
+    return jax.lax.reduce((tops, sums), nothing, merge, (z.ndim - 1,))
 
 
 def cross_entropy(
@@ -84,17 +105,25 @@ def cross_entropy(
     >>> bool(jnp.allclose(nll, jnp.log(4)))
     True
     """
-    z = logits(h_BTD, w_DV, head)
-    logsumexp = jax.nn.logsumexp(z, axis=-1)
+    z = logits(fan_out(h_BTD), w_DV, head)
+    if ways("model") == 1:
+        logsumexp = jax.nn.logsumexp(z, axis=-1)
+    else:
+        top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(z, axis=-1)), "model")
+        logsumexp = top + jnp.log(total(jnp.sum(jnp.exp(z - top[..., None]), axis=-1)))
     return logsumexp - _at(z, targets_BT), logsumexp
 
 
 def _at(z: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(z, targets_BT[..., None], axis=-1)[..., 0]
+    """z[..., target], from the part that holds it."""
+    if ways("model") == 1:
+        return jnp.take_along_axis(z, targets_BT[..., None], axis=-1)[..., 0]
+    return total(jnp.sum(jnp.where(_columns(z) == targets_BT[..., None], z, 0), axis=-1))
 
 
-def chunks_of(h_BTD: jax.Array, w_DV: jax.Array) -> int:
+def chunks_of(h_BTD: Any, w_DV: Any) -> int:
     """Into how many chunks of positions the loss is cut: the fewest that keep one's logits small.
+    Shapes are enough.
 
     >>> chunks_of(jnp.zeros((2, 8, 4)), jnp.zeros((4, 16)))
     1
@@ -144,7 +173,7 @@ def loss(
 def _stored_as_zero(w_DV: jax.Array, head: Head, dtype: Any) -> jax.Array:
     """The weight in `dtype`, its storage padding zero. Then only logsumexp must leave the padding
     out: its logits are 0 and reach no gradient of h. A mask would cost every pass over logits."""
-    return jnp.where(jnp.arange(w_DV.shape[1]) < head.vocab, w_DV, 0).astype(dtype)
+    return jnp.where(_columns(w_DV) < head.vocab, w_DV, 0).astype(dtype)
 
 
 def _scores(
@@ -175,11 +204,11 @@ def _loss_forward(
         dz = jnp.exp(z - logsumexp[..., None])
         if z_loss:
             dz = dz * (1 + 2 * z_loss * logsumexp)[..., None]
-        dz = dz - (jnp.arange(z.shape[-1]) == targets[..., None])
+        dz = dz - (_columns(z) == targets[..., None])
         if head.soft_cap is not None:
             dz = dz * (1 - (z / head.soft_cap) ** 2)
         dz = dz.astype(h.dtype)
-        dh = jnp.einsum("bcv,dv->bcd", dz, w)
+        dh = total(jnp.einsum("bcv,dv->bcd", dz, w))
         dw = dw + jnp.einsum("bcd,bcv->dv", h, dz, preferred_element_type=wide)
         return dw, (jnp.mean(nll), jnp.mean(logsumexp**2), dh)
 
@@ -198,7 +227,7 @@ def _loss_backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     dh, dw, like = saved
     g = cotangents[0] / (dh.shape[0] * dh.shape[1])
-    dw = jnp.where(jnp.arange(dw.shape[1]) < head.vocab, dw * g, 0)
+    dw = jnp.where(_columns(dw) < head.vocab, dw * g, 0)
     return (dh * g).astype(dh.dtype), dw.astype(like.dtype), None
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from mhcjax import audit, checkpoint, data, gpt, optim, plots, runs, sample, tokens, train
+from mhcjax import (
+    audit,
+    checkpoint,
+    data,
+    gpt,
+    optim,
+    plots,
+    processes,
+    runs,
+    sample,
+    sharding,
+    tokens,
+    train,
+)
 from mhcjax.config import Config, to_json
 from mhcjax.runlog import (
     Progress,
@@ -33,7 +42,7 @@ from mhcjax.runlog import (
     write_atomic,
 )
 
-__all__ = ["Outcome", "fit"]
+__all__ = ["Outcome", "fit", "read_batch"]
 
 PROMPTS = ("def __init__(self", "import", "class")  # of the samples written during training
 SAMPLE_TOKENS = 64
@@ -55,35 +64,6 @@ class Outcome:
         return {"done": 0, "dry": 0, "diverged": 1, "stopped": 128 + self.signal}[self.status]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stop:
-    """Set by SIGTERM or Ctrl-C, read at the step boundary; a second signal ends at once."""
-
-    signal: int = 0
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop, before = _Stop(), {}
-    # Only the main thread may set handlers; a notebook's worker thread goes without.
-    with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def fit(
     config: Config,
     folder: str | Path,
@@ -99,17 +79,44 @@ def fit(
     Writes config.json, run.json, metrics.jsonl, train.log, samples.txt, checkpoints/, pictures and
     summary.json into `folder`. SIGTERM and Ctrl-C save and return at the next boundary of updates.
     Nothing is written before the config, the text and the first loss have passed their checks.
-    `resume` as in `runs.resume_point`.
+    `resume` as in `runs.resume_point`. Where there are several processes all call this alike, and
+    process 0 alone speaks and writes, but for its share of a checkpoint.
 
     Raises ValueError, one sentence, for anything that the user can mend.
     """
     folder = Path(folder)
-    source = runs.resume_point(folder, resume)
+    if not processes.leads():
+        say = _silent
+    found = processes.agreed(lambda: str(runs.resume_point(folder, resume) or ""))
+    source = Path(found) if found else None
     config = runs.settled(config, source)
     if source is not None:
         say(f"going on from {source}")
-    with _signals() as stop:
+    with processes.signals() as stop:
         return _Run(config, folder, source, say, command, clock, stop).run(dry_run)
+
+
+def read_batch(tokens: np.ndarray, program: train.Program, index: int) -> jax.Array:
+    """Batch `index` of a run on the program's mesh; a process reads only the rows that its own
+    devices hold."""
+    abstract, config = program.abstract_batch, program.config
+
+    def read(rows: slice) -> np.ndarray:
+        return data.batch(
+            tokens,
+            seed=config.seed,
+            step=index,
+            batch=config.data.batch,
+            length=config.data.length,
+            micro_batches=config.data.micro_batches,
+            rows=rows,
+        )
+
+    return processes.place(abstract.shape, abstract.sharding, read)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 class _Run:
@@ -123,25 +130,32 @@ class _Run:
         say: Callable[[str], None],
         command: str,
         clock: Callable[[], float],
-        stop: _Stop,
+        stop: processes.Stop,
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.say, self.command, self.clock, self.stop = say, command, clock, stop
         self.program = train.program(config)
-        self.corpus = tokens.build(
-            config.data.corpus, config.data.tokenizer, config.model.vocab, say=say
+        d = config.data
+        self.corpus = processes.first(
+            lambda: tokens.build(d.corpus, d.tokenizer, config.model.vocab, say=say)
         )
+        if self.corpus.sha256 != (wanted := processes.gather(self.corpus.sha256)[0]):
+            raise ValueError(
+                f"{d.corpus!r} is {self.corpus.sha256[:12]} here and {wanted[:12]} for process 0: "
+                "give all processes the same text and the same Python"
+            )
         self.tokenizer_json = (self.corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
         self.train_tokens = data.open_tokens(self.corpus.train, self.corpus.dtype)
         held_out = data.open_tokens(self.corpus.validation, self.corpus.dtype)
-        self.validation = list(
+        batches = list(
             data.validation_batches(
-                held_out,
-                batch=config.data.batch,
-                length=config.data.length,
-                count=config.eval_batches,
+                held_out, batch=d.batch, length=d.length, count=config.eval_batches
             )
         )
+        self.rows = NamedSharding(self.program.mesh, sharding.partition("BT"))
+        self.validation = [self._rows(batch) for batch in batches]
+        self.probe_rows = self._rows(batches[0][: audit.probe_rows(config, self.program.mesh)])
+        self.traced_BT = batches[0][:1, :-1]
         self.bytes_V = self.corpus.tokenizer.token_bytes.astype(np.int32)
         self.hyper = optim.hyper(config.optim, config.schedule_steps or config.total_steps)
         self.per_update = math.prod(self.program.abstract_batch.shape[:2]) * config.data.length
@@ -158,7 +172,6 @@ class _Run:
         self.step = program.compile(self.hyper)
         state, meta = self._start()
         # The other programs now too, so that what follows is timed without compiling.
-        self.probe_rows = self.validation[0][: audit.probe_rows(self.config, program.mesh)]
         self.probe = program.probe.lower(state.params, self.probe_rows).compile()
         sums = program.eval_step.lower(state.params, self.validation[0], self.bytes_V)
         self.sums = sums.compile()
@@ -193,21 +206,15 @@ class _Run:
         return state, meta
 
     def _batch(self, index: int) -> jax.Array:
-        c = self.config.data
-        batch = data.batch(
-            self.train_tokens,
-            seed=self.config.seed,
-            step=index,
-            batch=c.batch,
-            length=c.length,
-            micro_batches=c.micro_batches,
-        )
-        return jax.device_put(batch, self.program.batch_sharding)
+        return read_batch(self.train_tokens, self.program, index)
+
+    def _rows(self, batch: np.ndarray) -> jax.Array:
+        return processes.place(batch.shape, self.rows, lambda rows: batch[rows])
 
     def _plan(self, state: train.State, *, check: bool) -> None:
         """Print what is about to happen, all of it derived; refuse a loss far from ln V."""
         rows = audit.info(self.config, compiled=self.step)
-        first = np.asarray(self._batch(0)[0])
+        first = jax.jit(lambda batch: batch[0], out_shardings=self.rows)(self._batch(0))
         sums = jax.device_get(self.sums(state.params, first, self.bytes_V))
         began = self.clock()
         jax.block_until_ready(self.sums(state.params, first, self.bytes_V))
@@ -242,8 +249,9 @@ class _Run:
 
     # ---- training
 
-    def _train(self, state: train.State, updates: int) -> Outcome:
-        config, total = self.config, self.config.total_steps
+    def _record(self, updates: int) -> None:
+        """Make the folder: what this run is, before its first update."""
+        config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "config.json", to_json(config))
         write_atomic(self.folder / "tokenizer.json", self.tokenizer_json)
@@ -267,6 +275,15 @@ class _Run:
         )
         # A run that ended before its first save starts again: none of its rows stand.
         drop_rows_after(self.folder, updates if self.source else -1)
+
+    def _train(self, state: train.State, updates: int) -> Outcome:
+        config, total = self.config, self.config.total_steps
+        processes.agreed(lambda: self._record(updates))
+        if not (self.folder / "config.json").exists():
+            raise ValueError(
+                f"process {jax.process_index()} does not see {self.folder}, which process 0 has "
+                "made: give a --run on a file system that all of them share"
+            )
         events = {
             "eval": config.eval_every,
             "sample": config.sample_every,
@@ -275,7 +292,7 @@ class _Run:
         validation: dict[str, float] = {}
         evaluated = -1
         with (
-            RunLog(self.folder, self.say) as log,
+            RunLog(self.folder, self.say, writes=processes.leads()) as log,
             checkpoint.Checkpoints(self.folder / "checkpoints", keep=config.keep) as saved,
         ):
             self.log = log
@@ -299,14 +316,15 @@ class _Run:
                     state, metrics = self.step(state, batch, self.hyper)
                     batches += 1
                     batch = self._batch(batches)
-                    if self.stop.signal:
+                    if self.stop.now():
                         break
                 metrics = {name: float(v) for name, v in jax.device_get(metrics).items()}
                 made, updates = int(state.updates) - updates, int(state.updates)
                 self._report(progress, metrics, updates, made, peak)
                 if metrics["skipped_in_row"] >= config.max_skipped:
                     status = "diverged"
-                if self.stop.signal and updates < total:
+                signalled = self.stop.anywhere()
+                if signalled and updates < total:
                     status = "stopped"
                 last = updates >= total or status != "done"
                 if status == "done" and made and (last or updates % config.eval_every == 0):
@@ -324,7 +342,7 @@ class _Run:
                     break
             saved.wait()
             self._finish(state, status, updates, progress, validation, int(metrics["skipped"]))
-        return Outcome(status, self.folder, updates, validation, self.stop.signal)
+        return Outcome(status, self.folder, updates, validation, signalled)
 
     def _report(
         self, progress: Progress, metrics: dict, updates: int, made: int, peak: train.Device | None
@@ -406,7 +424,9 @@ class _Run:
         self, saved: checkpoint.Checkpoints, state: train.State, updates: int, validation: dict
     ) -> None:
         saved.wait()
-        if saved.latest() == updates:  # all updates since were skipped: that state is this one
+        if (
+            processes.agreed(saved.latest) == updates
+        ):  # all updates since were skipped: that state is this one
             return
         meta = {
             "config": dataclasses.asdict(self.config),
@@ -429,6 +449,15 @@ class _Run:
         validation: dict,
         skipped: int,
     ) -> None:
+        records = []
+        if status == "done":
+            trace = jax.jit(
+                lambda p, t: nnx.merge(self.program.graphdef, p).trace(t)[0],
+                out_shardings=sharding.replicated(self.program.mesh),
+            )
+            records = trace(state.params, self.traced_BT)
+        if not processes.leads():
+            return
         rows = read_rows(self.folder)
         summary = {
             "status": status,
@@ -439,9 +468,6 @@ class _Run:
             "model": audit.model_name(self.config),
         }
         if status == "done":
-            records, _ = jax.jit(lambda p, t: nnx.merge(self.program.graphdef, p).trace(t))(
-                state.params, jnp.asarray(self.validation[0][:1, :-1])
-            )
             cosines = [r for r in rows if r["kind"] == "eval"][-1]["cosine_operand"]
             evals = [r for r in rows if r["kind"] == "eval"]
             loss, mixing = (

@@ -5,6 +5,7 @@ Axis key: L block, D width, H head, K head size, F hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -88,10 +89,13 @@ def labels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimConfig, whole: Callable[[jax.Array], jax.Array] = lambda u: u
+) -> optax.GradientTransformation:
     """The update at rate 1 and without decay, from Optax: muon, adamw, lion or sgd.
 
-    Muon takes the matrices of the blocks, AdamW all the rest. `apply` scales and decays.
+    Muon takes the matrices of the blocks, AdamW all the rest. `apply` scales and decays. `whole`
+    places what Newton-Schulz begins and ends with: split, each iteration would exchange it anew.
 
     >>> optimizer(OptimConfig(name="sgd")).update({"a": jnp.ones(1)}, optax.EmptyState())[0]
     {'a': Array([-1.], dtype=float32)}
@@ -115,9 +119,10 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     )
 
     def orthogonalize(updates: Any, params: Any) -> Any:
-        narrow = jax.tree.map(lambda u: u.astype(dtype or u.dtype), updates)
+        narrow = jax.tree.map(lambda u: whole(u.astype(dtype or u.dtype)), updates)
         # Without momentum its state says nothing: none is kept.
-        return newton_schulz.update(narrow, newton_schulz.init(narrow), params)[0]
+        made = newton_schulz.update(narrow, newton_schulz.init(narrow), params)[0]
+        return jax.tree.map(whole, made)
 
     muon = optax.chain(optax.trace(config.momentum, nesterov=True), optax.stateless(orthogonalize))
     return optax.partition(

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -150,13 +150,19 @@ def _times(done: int, total: int, every: int) -> int:
 
 
 class RunLog:
-    """Writes a run's folder: lines to the terminal and train.log, rows to metrics.jsonl."""
+    """Writes a run's folder: lines to the terminal and train.log, rows to metrics.jsonl. Not
+    `writes`: everything goes nowhere, for processes of which another one writes."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.say = folder, say
-        self._log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
-        self._rows = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
+        self.folder, self.say, self.writes = folder, say, writes
+        self._log = self._open("train.log")
+        self._rows = self._open("metrics.jsonl")
+
+    def _open(self, name: str) -> TextIO:
+        if not self.writes:
+            return open(os.devnull, "a", encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return open(self.folder / name, "a", encoding="utf-8")
 
     def line(self, text: str) -> None:
         """A line for people."""
@@ -171,7 +177,7 @@ class RunLog:
 
     def sample(self, text: str) -> None:
         """Text that the model wrote."""
-        with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+        with self._open("samples.txt") as file:
             file.write(text + "\n")
 
     def close(self) -> None:

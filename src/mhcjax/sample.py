@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mhcjax import gpt
+from mhcjax import gpt, processes
 from mhcjax.config import ModelConfig
 
 __all__ = [
@@ -182,7 +182,7 @@ def generate(
     key, rows = jax.random.key(seed), np.arange(len(ids))
     for step in range(tokens):
         token = choose(logits, settings, _row_keys(key, step, rows))
-        for stream, t, length in zip(streams, np.asarray(token), lengths, strict=True):
+        for stream, t, length in zip(streams, processes.whole(token), lengths, strict=True):
             stream.push(int(t), full=length + step + 1 > config.context)
         if all(stream.finish for stream in streams) or step + 1 == tokens:
             break

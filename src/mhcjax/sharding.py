@@ -1,18 +1,36 @@
-"""The mesh, and axis letters -> PartitionSpec.
+"""The mesh, axis letters -> PartitionSpec, and the exchanges of a step that is split by hand.
 
-Axis key: B batch, D width, H head, F hidden, V vocabulary. Batch is split over `data`; heads,
-hidden and vocabulary over `model`; width over `data` too where parameters are sharded.
+Axis key: B batch, D width, E flattened streams, H head, F hidden, V vocabulary. Batch is split over
+`data`; heads, hidden and vocabulary over `model`; width and flattened streams over `data` too where
+parameters are sharded.
+
+Inside `jax.shard_map` a function sees its own part of every array. The compiler's partitioner would
+choose other exchanges: a reduction in each micro-batch, three for what queries, keys and values
+send back, halves of the logits on the move.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["make_mesh", "partition", "replicated", "tree_shardings"]
+__all__ = [
+    "divisors",
+    "fan_out",
+    "first_of",
+    "gather",
+    "make_mesh",
+    "partition",
+    "reduce",
+    "replicated",
+    "total",
+    "tree_shardings",
+    "ways",
+]
 
 AXIS_OF_LETTER = {"B": "data", "H": "model", "F": "model", "V": "model"}
 
@@ -30,17 +48,28 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
     devices = jax.devices() if devices is None else devices
     if model < 1 or (data is not None and data < 1):
         raise ValueError(f"mesh data={data}, model={model}: give at least 1 for each")
+    count = len(devices)
     if data is None:
-        if len(devices) % model:
+        if count % model:
             raise ValueError(
-                f"mesh.model {model} does not divide the {len(devices)} devices: "
-                f"use one of {[m for m in range(1, len(devices) + 1) if len(devices) % m == 0]}"
+                f"mesh.model {model} does not divide the {count} devices: "
+                f"use one of {divisors(count)}"
             )
-        data = len(devices) // model
-    if data * model > len(devices):
+        data = count // model
+    size = data * model
+    if size > count:
+        if model <= count:
+            fits = f"mesh.data at most {count // model}"
+        else:
+            fits = f"mesh.model at most {max(1, count // data)}"
         raise ValueError(
-            f"mesh data={data} x model={model} wants {data * model} devices, "
-            f"{len(devices)} are here: lower mesh.data or mesh.model"
+            f"mesh data={data} x model={model} wants {size} devices, {count} are here: give {fits}"
+        )
+    idle = {d.process_index for d in devices[size:]} - {d.process_index for d in devices[:size]}
+    if idle:
+        raise ValueError(
+            f"mesh data={data} x model={model} takes {size} of {count} devices and none of process "
+            f"{min(idle)}: give mesh.model one of {divisors(count)} and leave mesh.data out"
         )
     # Auto axes: Explicit, the default of make_mesh, breaks embedding lookups.
     return jax.make_mesh(
@@ -51,19 +80,29 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: list | None =
     )
 
 
+def divisors(*sizes: int, most: int | None = None) -> list[int]:
+    """What divides all of the sizes, up to `most`.
+
+    >>> divisors(12, 8)
+    [1, 2, 4]
+    """
+    common = math.gcd(*sizes)
+    return [n for n in range(1, min(common, most or common) + 1) if common % n == 0]
+
+
 def partition(letters: str, *, shard_params: bool = False) -> PartitionSpec:
-    """The PartitionSpec of an array with those axes; `shard_params` puts D over `data`.
+    """The PartitionSpec of an array with those axes; `shard_params` puts D and E over `data`.
 
     >>> tuple(partition("LDHK"))
     (None, None, 'model', None)
     >>> tuple(partition("LDHK", shard_params=True))
     (None, 'data', 'model', None)
     """
-    extra = {"D": "data"} if shard_params else {}
+    extra = {"D": "data", "E": "data"} if shard_params else {}
     return PartitionSpec(*((AXIS_OF_LETTER | extra).get(letter) for letter in letters))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device holds the whole array.
 
     >>> replicated(make_mesh(1, 1)).is_fully_replicated
@@ -73,7 +112,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(
-    tree: Any, axes: Mapping[str, str], mesh: Mesh, *, shard_params: bool = False
+    tree: Any,
+    axes: Mapping[str, str],
+    mesh: Mesh | AbstractMesh,
+    *,
+    shard_params: bool = False,
 ) -> Any:
     """A sharding for every leaf: by `axes[name]` of the last key in its path, else replicated.
 
@@ -99,3 +142,95 @@ def tree_shardings(
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inside jax.shard_map; anywhere else all of these do nothing
+
+
+def ways(axis: str) -> int:
+    """Into how many parts `axis` splits the code that is traced here; 1 outside `jax.shard_map`.
+
+    >>> ways("model")
+    1
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def first_of(size: int) -> Any:
+    """The index, in the whole, of the first of the `size` entries that this part of `model` holds.
+
+    >>> first_of(16)
+    0
+    """
+    return jax.lax.axis_index("model") * size if ways("model") > 1 else 0
+
+
+def fan_out(x: jax.Array) -> jax.Array:
+    """`x`, whose cotangent is summed over `model`: what the parts of a split matrix all read.
+
+    >>> fan_out(jax.numpy.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return _fan_out(x) if ways("model") > 1 else x
+
+
+def total(y: jax.Array) -> jax.Array:
+    """The sum of `y` over `model`, whose cotangent is taken as it is: what they give together.
+
+    >>> total(jax.numpy.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return _total(y) if ways("model") > 1 else y
+
+
+@jax.custom_vjp
+def _fan_out(x: jax.Array) -> jax.Array:
+    return x
+
+
+_fan_out.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.psum(dx, "model"),))
+
+
+@jax.custom_vjp
+def _total(y: jax.Array) -> jax.Array:
+    return jax.lax.psum(y, "model")
+
+
+_total.defvjp(lambda y: (jax.lax.psum(y, "model"), None), lambda _, dy: (dy,))
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Every leaf that its spec splits over `data`, whole along that dimension.
+
+    >>> gather({"a": jax.numpy.ones(2)}, {"a": PartitionSpec("data")})["a"].tolist()
+    [1.0, 1.0]
+    """
+
+    def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(leaf, "data", axis=spec.index("data"), tiled=True)
+
+    return _where_split(one, lambda leaf: leaf, tree, specs)
+
+
+def reduce(tree: Any, specs: Any) -> Any:
+    """The sum of every leaf over `data`; of one that its spec splits, only this part's share.
+
+    >>> reduce({"a": jax.numpy.ones(2)}, {"a": PartitionSpec()})["a"].tolist()
+    [1.0, 1.0]
+    """
+
+    def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        dimension = spec.index("data")
+        return jax.lax.psum_scatter(leaf, "data", scatter_dimension=dimension, tiled=True)
+
+    return _where_split(one, lambda leaf: jax.lax.psum(leaf, "data"), tree, specs)
+
+
+def _where_split(split: Any, whole: Any, tree: Any, specs: Any) -> Any:
+    if ways("data") == 1:
+        return tree
+    return jax.tree.map(
+        lambda leaf, spec: split(leaf, spec) if "data" in spec else whole(leaf), tree, specs
+    )

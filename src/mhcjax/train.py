@@ -2,7 +2,7 @@
 
 `program(config, mesh)` compiles nothing: it holds the jitted `init`, `train_step`, `eval_step` and
 `probe` of one config on one mesh. A batch is tokens[A, B, T + 1]: A micro-batches are accumulated
-inside the step.
+inside the step, on each device its own rows; the gradients are then summed over `data` once.
 
 Axis key: A micro-batch, B batch, T position, V vocabulary, L sublayer.
 """
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mhcjax import diagnostics, gpt, head, optim, sharding
 from mhcjax.config import Config, ModelConfig, check_ranges
@@ -28,6 +28,7 @@ __all__ = [
     "Device",
     "Program",
     "State",
+    "abstract_state",
     "check_mesh",
     "device_of",
     "flops_per_token",
@@ -37,19 +38,27 @@ __all__ = [
 
 
 class Device(NamedTuple):
-    """What the maker states: dense bf16 peak in FLOP/s, memory in bytes."""
+    """What the maker states: dense bf16 peak in FLOP/s, memory in bytes; in bytes/s the memory's
+    bandwidth, and of each device one way the link within a host and the network between hosts of
+    `host` devices. None: not stated here."""
 
     peak_flops: float
     memory: float
+    bandwidth: float | None = None
+    link: float | None = None
+    network: float | None = None
+    host: int = 8
 
 
-# From the makers' data sheets; the kind as JAX names it.
+# From the makers' data sheets; the kind as JAX names it. Links: NVLink of the SXM boards, the
+# bridge of the PCIe card (half of the two-way figure); network: of the DGX system of that device,
+# one InfiniBand port a GPU (A100 200 Gb/s, H100 and H200 400 Gb/s).
 DEVICES = {
-    "NVIDIA H200": Device(989e12, 141e9),
-    "NVIDIA H100 80GB HBM3": Device(989e12, 80e9),
-    "NVIDIA H100 PCIe": Device(756e12, 80e9),
-    "NVIDIA A100-SXM4-80GB": Device(312e12, 80e9),
-    "NVIDIA A100-SXM4-40GB": Device(312e12, 40e9),
+    "NVIDIA H200": Device(989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "NVIDIA H100 80GB HBM3": Device(989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "NVIDIA H100 PCIe": Device(756e12, 80e9, 2.0e12, 300e9, 50e9, host=2),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, 80e9, 2.039e12, 300e9, 25e9),
+    "NVIDIA A100-SXM4-40GB": Device(312e12, 40e9, 1.555e12, 300e9, 25e9),
     "TPU v4": Device(275e12, 32e9),
     "TPU v5 lite": Device(197e12, 16e9),
     "TPU v5p": Device(459e12, 95e9),
@@ -130,28 +139,55 @@ def losses(
     return jnp.mean(nll) + z_loss * jnp.mean(logsumexp**2), jnp.mean(nll)
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """One sentence where the config does not divide over the mesh.
 
     >>> check_mesh(Config(), sharding.make_mesh(1, 1))
     """
     m, model, data = config.model, mesh.shape["model"], mesh.shape["data"]
-    sizes = {
+    params = gpt.abstract_params(m)
+    over_model = {
         "model.heads": m.heads,
         "model.kv_heads": m.kv_heads or m.heads,
-        "model.hidden": gpt.abstract_params(m)["blocks"]["mlp"]["up"].shape[-1],
+        "model.hidden": params["blocks"]["mlp"]["up"].shape[-1],
+        f"the storage of model.vocab {m.vocab}": params["embedding"].shape[0],
     }
-    for name, size in sizes.items():
-        if size % model:
-            raise ValueError(f"{name} {size} does not divide by mesh.model {model}: change one")
-    if config.data.batch % data:
-        raise ValueError(
-            f"data.batch {config.data.batch} does not divide by mesh.data {data}: change one"
-        )
+    over_data = {"data.batch": config.data.batch}
+    if config.mesh.shard_params:
+        over_data["model.width"] = m.width
+    for axis, parts, sizes in (("model", model, over_model), ("data", data, over_data)):
+        for name, size in sizes.items():
+            if size % parts:
+                fits = sharding.divisors(*sizes.values(), most=mesh.size)
+                raise ValueError(
+                    f"{name}, {size}, does not divide by mesh.{axis} {parts}: "
+                    f"give mesh.{axis} one of {fits}, or change the size"
+                )
     if config.data.length > m.context:
         raise ValueError(
             f"data.length {config.data.length} is beyond model.context {m.context}: raise it"
         )
+
+
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> State:
+    """Shape, dtype and sharding of every array of the state; none is allocated, no device needed.
+
+    >>> state = abstract_state(Config(), AbstractMesh((64, 8), ("data", "model")))
+    >>> head = state.params["head"]
+    >>> head.shape, head.sharding.shard_shape(head.shape)
+    ((128, 4096), (128, 512))
+    """
+
+    def zeros() -> State:
+        params = gpt.build(config.model, key=jax.random.key(0))[1]
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, zero, zero, zero, params, optim.optimizer(config.optim).init(params))
+
+    shapes = jax.eval_shape(zeros)
+    places = sharding.tree_shardings(shapes, gpt.AXES, mesh, shard_params=config.mesh.shard_params)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places
+    )
 
 
 def program(config: Config, mesh: Mesh | None = None) -> Program:
@@ -170,16 +206,21 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     graphdef = gpt.graph(config.model)
     check_mesh(config, mesh)
-    spec, tx = gpt.connection_of(config.model), optim.optimizer(config.optim)
+    spec = gpt.connection_of(config.model)
+    if mesh.size > 1:
+        everywhere = partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
+        tx = optim.optimizer(config.optim, whole=everywhere)
+    else:
+        tx = optim.optimizer(config.optim)
 
     def init(key: jax.Array) -> State:
         params = gpt.build(config.model, key=key)[1]
         zero = jnp.zeros((), jnp.int32)
         return State(zero, zero, zero, zero, params, tx.init(params))
 
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    place = partial(sharding.tree_shardings, axes=gpt.AXES, mesh=mesh)
-    states = place(abstract, shard_params=config.mesh.shard_params)
+    abstract = abstract_state(config, mesh)
+    states = jax.tree.map(lambda a: a.sharding, abstract)
+    specs = jax.tree.map(lambda s: s.spec, states.params)
     whole = sharding.replicated(mesh)
     batches = NamedSharding(mesh, PartitionSpec(None, "data", None))
     rows = NamedSharding(mesh, PartitionSpec("data", None))
@@ -187,19 +228,35 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return losses(nnx.merge(graphdef, params), tokens_BT, z_loss=config.optim.z_loss)
 
-    def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
+    def micro_batches(params: Any, batch_ABT: jax.Array) -> tuple[Any, Any]:
+        """-> ((loss, cross-entropy), gradients), means over the batch."""
+        params = sharding.gather(params, specs)
         micro = jax.value_and_grad(loss, has_aux=True)
         if batch_ABT.shape[0] == 1:
-            (total, ce), gradients = micro(state.params, batch_ABT[0])
+            found = micro(params, batch_ABT[0])
         else:
 
             def accumulate(carry: Any, tokens_BT: jax.Array) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, micro(state.params, tokens_BT)), None
+                return jax.tree.map(jnp.add, carry, micro(params, tokens_BT)), None
 
-            shapes = jax.eval_shape(micro, state.params, batch_ABT[0])
+            shapes = jax.eval_shape(micro, params, batch_ABT[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            sums, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
-            (total, ce), gradients = jax.tree.map(lambda a: a / batch_ABT.shape[0], sums)
+            found, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
+        parts = batch_ABT.shape[0] * sharding.ways("data")
+        sums = sharding.reduce(found, ((PartitionSpec(), PartitionSpec()), specs))
+        return jax.tree.map(lambda a: a / parts, sums) if parts > 1 else sums
+
+    if mesh.size > 1:
+        micro_batches = jax.shard_map(
+            micro_batches,
+            mesh=mesh,
+            in_specs=(specs, batches.spec),
+            out_specs=((PartitionSpec(), PartitionSpec()), specs),
+            check_vma=False,
+        )
+
+    def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
+        (total, ce), gradients = micro_batches(state.params, batch_ABT)
         gradients = optim.freeze_dead(gradients, spec, config.model)
         gradients = optim.limit_scales(gradients, config.optim)
         norm = optax.tree.norm(gradients)
@@ -267,9 +324,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         config=config,
         mesh=mesh,
         graphdef=graphdef,
-        abstract_state=jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, states
-        ),
+        abstract_state=abstract,
         batch_sharding=batches,
         init=jax.jit(init, out_shardings=states),
         train_step=jax.jit(

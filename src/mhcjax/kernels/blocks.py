@@ -28,10 +28,21 @@ class Blocks:
     warps_backward: int = 4
     stages_backward: int = 3
     lanes: int = 32  # tokens of a program for the coefficients
+    split_mosaic: int = 4
+    stages_mosaic: int = 4
+    step_mosaic: int = 128
+    split_backward_mosaic: int = 4
+    stages_backward_mosaic: int = 2
 
 
-# Measured with 8192 and 65,536 tokens, N = 2 and 4, widths 768 to 4096, bfloat16.
-BLOCKS = {"NVIDIA H200": Blocks()}
+# By device kind, by the largest width: measured with 8192 tokens of widths 2048 and 4096 and 65,536
+# of width 768, N = 4, bfloat16.
+BLOCKS = {
+    "NVIDIA H200": (
+        (1024, Blocks(split=1, step_mosaic=64, split_backward_mosaic=8, stages_backward_mosaic=3)),
+        (1 << 30, Blocks()),
+    )
+}
 
 
 def blocks_for(x: jax.Array) -> Blocks:
@@ -41,7 +52,8 @@ def blocks_for(x: jax.Array) -> Blocks:
     >>> blocks_for(jnp.zeros((2, 64))).rows
     16
     """
-    found = BLOCKS.get(jax.devices()[0].device_kind, BLOCKS["NVIDIA H200"])
+    table = BLOCKS.get(jax.devices()[0].device_kind, BLOCKS["NVIDIA H200"])
+    found = next(blocks for width, blocks in table if x.shape[-1] <= width)
     tokens = x.size // (x.shape[-2] * x.shape[-1])
     few = max(16, 1 << (max(tokens, 1) - 1).bit_length())
     if few < found.rows:

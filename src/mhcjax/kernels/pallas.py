@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from mhcjax.kernels import triton
+from mhcjax.kernels import mosaic, projection, triton
 from mhcjax.kernels.blocks import blocks_for
 from mhcjax.kernels.lanes import Unsupported, on_lanes
 
@@ -25,8 +25,7 @@ __all__ = ["mix", "mix_and_read", "read", "unfit", "unfit_token", "write", "writ
 
 # What a mesh may split, by position of the leading axis: batch, then positions.
 TOKEN_AXES = ("data", "sequence")
-MOST_COLUMNS = 128  # of the projection: what a tile of tokens leaves registers for
-MOST_LANES = 32  # coefficient columns a token may have before its program is too long
+MOST_COLUMNS = 96  # of a token's coefficients: Sinkhorn of 8 streams has 80
 
 
 def unfit(x: jax.Array, *coefficients: jax.Array) -> str | None:
@@ -53,8 +52,8 @@ def unfit(x: jax.Array, *coefficients: jax.Array) -> str | None:
 
 def unfit_token(f: Callable, columns: int) -> str | None:
     """Why what a token does with its products, `f`, has no kernel, or None."""
-    if columns > MOST_LANES:
-        return f"a token has {columns} coefficients, more than {MOST_LANES}"
+    if columns > MOST_COLUMNS:
+        return f"a token has {columns} coefficients, more than {MOST_COLUMNS}"
     try:
         on_lanes(f, [(columns,), (), (columns,)])
     except Unsupported as problem:
@@ -268,52 +267,44 @@ write_and_read.defvjp(_write_and_read_forward, _write_and_read_backward)
 # Coefficients of the token's own streams
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def mix_and_read(
-    f: Callable, parts: int, x: jax.Array, w: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, ...]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix_and_read(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
     """(x, u, pre[..., N], post[..., N], res[..., N, N]) of x[..., N, D], w[E, C] and bias[C].
 
-    `f(x @ w, mean(x^2), bias)`, of one token, gives (pre, post, res); `u = sum_n pre[n] x[n]`.
-    bfloat16 streams meet `w` as a sum of `parts` bfloat16s. x is passed on as `read` does."""
-    return _mixed(f, parts, True, x, w, bias)[0]
+    `f(x @ w, mean(x^2), bias)`, of one token, gives (pre, post, res); `u = sum_n pre[n] x[n]`. x is
+    passed on as `read` does."""
+    return _mixed(f, True, x, w, bias)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def mix(
-    f: Callable, parts: int, x: jax.Array, w: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, ...]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
     """(x, pre, post, res): `mix_and_read` without the read."""
-    return _mixed(f, parts, False, x, w, bias)[0]
+    return _mixed(f, False, x, w, bias)[0]
 
 
-def _columns(count: int) -> int:
-    return max(16, 1 << (count - 1).bit_length())  # what a product on tensor cores takes
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _mixed(
-    f: Callable, parts: int, reads: bool, x: jax.Array, w: jax.Array, bias: jax.Array
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
     N, D = x.shape[-2:]
     sizes = tuple(math.prod(o.shape) for o in _outputs(f, bias))
 
     def local(x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple:
-        lead, blocks = x.shape[:-2], blocks_for(x)
-        z, square = triton.project(x.reshape(-1, N * D), w, blocks)
-        found = triton.coefficients(f, sizes, z, square, bias, N * D, blocks)
+        lead, blocks, flat = x.shape[:-2], blocks_for(x), x.reshape(-1, N * D)
+        how = mosaic if mosaic.fits(flat, projection.columns_of(w)) else projection
+        z, square = how.project(flat, w, blocks)
+        found = projection.coefficients(f, sizes, z, square, bias, N * D, blocks)
         z, mean, pre, post, res = found
         u = (triton.read(_flat(x, 2), pre, blocks).reshape(*lead, D),) if reads else ()
         vectors = [v.reshape(*lead, N) for v in (pre, post)]
         kept = z.reshape(-1, *lead), mean.reshape(lead)
         return (*u, *vectors, res.reshape(*lead, N, N), *kept)
 
-    w_PEC = triton.parts(w, x.dtype, parts, _columns(w.shape[1]))
+    packed = projection.weights(w, x.dtype)
     outputs = [TOKENS] * (3 + reads) + [LAST, TOKENS]
-    found = _on_shards(local, x.shape[:-2], (TOKENS, WHOLE, WHOLE), outputs)(x, w_PEC, bias)
+    found = _on_shards(local, x.shape[:-2], (TOKENS, WHOLE, WHOLE), outputs)(x, packed, bias)
     *results, z, mean = found
-    pre = results[1] if reads else None
-    return (x, *results), (x, w_PEC, bias, z, mean, pre)
+    return (x, *results), (x, packed, bias, z, mean)
 
 
 def _outputs(f: Callable, bias: jax.Array) -> Any:
@@ -322,13 +313,13 @@ def _outputs(f: Callable, bias: jax.Array) -> Any:
     return jax.eval_shape(f, column, number, column)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0,))
 def _mixed_cotangents(
     f: Callable, saved: tuple, dx: jax.Array, du: jax.Array | None, dmix: Sequence[jax.Array]
 ) -> tuple[jax.Array, ...]:
-    x, w_PEC, bias, z, mean, pre = saved
+    x, packed, bias, z, mean = saved
     N, D = x.shape[-2:]
-    C, columns = bias.shape[0], w_PEC.shape[2]
+    C, columns = bias.shape[0], projection.columns_of(packed)
 
     def local(
         x: jax.Array,
@@ -342,45 +333,43 @@ def _mixed_cotangents(
         dres: jax.Array,
         *reads: jax.Array,
     ) -> tuple:
-        blocks = blocks_for(x)
+        blocks, flat = blocks_for(x), x.reshape(-1, N * D)
         given = [[_flat(dpre, 1)], [_flat(dpost, 1)], [_of(dres)]]
-        pre, du = [_flat(a, 1) for a in reads] or (None, None)
+        du = _flat(reads[0], 1) if reads else None
         if du is not None:
             given[0].append(triton.read_dots(_flat(x, 2), du, blocks))
-        dz, scale, dbias = triton.coefficients_backward(
-            f, z.reshape(C, -1), mean.reshape(-1), bias, given, columns, N * D, blocks
+        dz, scalars, dbias = projection.coefficients_backward(
+            f, z.reshape(C, -1), mean.reshape(-1), bias, given, columns, x.dtype, N * D, blocks
         )
-        flat = x.reshape(-1, N * D)
-        before = dx.reshape(-1, N * D)
-        found, dw = triton.project_backward(flat, w, dz, scale, pre, du, before, blocks)
+        how = mosaic if mosaic.fits(flat, columns) else projection
+        before = dx.reshape(flat.shape)
+        found, dw = how.project_backward(flat, w, dz, scalars, du, before, blocks)
         return found.reshape(x.shape), dw, dbias
 
-    reads = () if du is None else (pre, du)
+    reads = () if du is None else (du,)
     inputs = (TOKENS, WHOLE, WHOLE, LAST, *[TOKENS] * (5 + len(reads)))
     dx, dw, dbias = _on_shards(local, x.shape[:-2], inputs, (TOKENS, SUMS, SUMS))(
-        x, w_PEC, bias, z, mean, dx, *dmix, *reads
+        x, packed, bias, z, mean, dx, *dmix, *reads
     )
     return dx, jnp.sum(dw, axis=0)[:, :C], jnp.sum(dbias, axis=0)
 
 
 def _mix_and_read_forward(
-    f: Callable, parts: int, x: jax.Array, w: jax.Array, bias: jax.Array
+    f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
-    return _mixed(f, parts, True, x, w, bias)
+    return _mixed(f, True, x, w, bias)
 
 
-def _mix_and_read_backward(f: Callable, parts: int, saved: tuple, cotangents: tuple) -> tuple:
+def _mix_and_read_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
     dx, du, *dmix = cotangents
     return _mixed_cotangents(f, saved, dx, du, dmix)
 
 
-def _mix_forward(
-    f: Callable, parts: int, x: jax.Array, w: jax.Array, bias: jax.Array
-) -> tuple[tuple, tuple]:
-    return _mixed(f, parts, False, x, w, bias)
+def _mix_forward(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
+    return _mixed(f, False, x, w, bias)
 
 
-def _mix_backward(f: Callable, parts: int, saved: tuple, cotangents: tuple) -> tuple:
+def _mix_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
     dx, *dmix = cotangents
     return _mixed_cotangents(f, saved, dx, None, dmix)
 

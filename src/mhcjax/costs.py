@@ -1,0 +1,331 @@
+"""What a config costs each device of a mesh, in closed form: collectives and memory.
+
+Nothing is compiled, no parameter is allocated and no device is needed, so that a mesh of thousands
+is answered at once. State and collectives are exact, and held against compiled programs; what the
+forward pass saves is counted, what the compiler makes of it is estimated.
+
+Axis key: B batch, T position, D width, N stream, H head, K head size, F hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from mhcjax import coefficients, gpt, head, optim, train
+from mhcjax.config import Config, MeshConfig, ModelConfig, OptimConfig
+from mhcjax.diagnostics import dead_leaves
+
+__all__ = [
+    "Collective",
+    "Memory",
+    "Sizes",
+    "collectives",
+    "gathered_shape",
+    "local_bytes",
+    "memory",
+    "mesh_of",
+    "parse_mesh",
+]
+
+SUBLAYER = {f"{name}_connection": offset for offset, name in enumerate(gpt.SUBLAYERS)}
+
+
+# --------------------------------------------------------------------------------------------------
+# The mesh
+
+
+def parse_mesh(text: str) -> dict[str, Any]:
+    """`data=64,model=8` -> the config's changes.
+
+    >>> parse_mesh("data=64,model=8")
+    {'mesh.data': 64, 'mesh.model': 8}
+
+    Raises ValueError for anything else, with the form.
+    """
+    found: dict[str, Any] = {"mesh.data": 1, "mesh.model": 1}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if f"mesh.{name}" not in found or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--mesh {text}: write it as data=64,model=8")
+        found[f"mesh.{name}"] = int(size)
+    return found
+
+
+def mesh_of(config: Config) -> AbstractMesh:
+    """The mesh that the config names, without devices; `mesh.data` None counts as 1.
+
+    >>> from mhcjax.config import override
+    >>> dict(mesh_of(override(Config(), parse_mesh("data=64,model=8"))).shape)
+    {'data': 64, 'model': 8}
+    """
+    sizes = (config.mesh.data or 1, config.mesh.model)
+    return AbstractMesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+@functools.lru_cache(maxsize=64)  # a search over batches asks for the same one again and again
+def _state(model: ModelConfig, optim: OptimConfig, mesh: MeshConfig) -> train.State:
+    config = Config(model=model, optim=optim, mesh=mesh)
+    return train.abstract_state(config, mesh_of(config))
+
+
+class Sizes:
+    """The sizes that the closed forms share, of one device and one micro-batch."""
+
+    def __init__(self, config: Config) -> None:
+        m, mesh = config.model, mesh_of(config)
+        self.config, self.mesh = config, mesh
+        self.data, self.model = mesh.shape["data"], mesh.shape["model"]
+        # Recomputing changes nothing of the state.
+        self.state = _state(replace(m, remat=False), config.optim, config.mesh)
+        self.spec = gpt.connection_of(m)
+        self.fixed = isinstance(self.spec.coefficients, coefficients.Fixed)
+        self.bytes = jnp.dtype(m.dtype).itemsize
+        self.micro = config.data.micro_batches
+        self.rows, self.length = config.data.batch // self.data, config.data.length
+        self.tokens = self.rows * self.length
+        K = m.width // m.heads
+        self.queries = m.heads * K // self.model
+        self.keys = (m.kv_heads or m.heads) * K // self.model
+        self.hidden = self.state.params["blocks"]["mlp"]["up"].shape[-1] // self.model
+        self.vocab = self.state.params["embedding"].shape[0] // self.model
+        self.chunks = 1
+        if m.loss == "chunked":
+            h = jax.ShapeDtypeStruct((self.rows, self.length, m.width), m.dtype)
+            self.chunks = head.chunks_of(h, jax.ShapeDtypeStruct((m.width, self.vocab), m.dtype))
+        names = ("attention", "mlp")
+        leaves = {n: jax.tree.leaves(self.state.params["blocks"][n]) for n in names}
+        self.matrices = sum(math.prod(a.shape) for n in names for a in leaves[n]) // self.model
+        # Of a dynamic mix, for one token: logits, and products of its projection.
+        inputs, columns = self.spec.shapes(m.width).get("projection", (0, 0))
+        times = self.spec.streams if getattr(self.spec.coefficients, "per_stream", False) else 1
+        self.logits, self.projection = times * columns, times * inputs * columns
+
+    @property
+    def recomputed(self) -> bool:
+        """Is each block's forward pass made once more?"""
+        remat = self.config.model.remat
+        if remat in (True, "full"):
+            return True
+        if remat in (False, "none"):
+            return False
+        raise ValueError(f"model.remat {remat!r} has no plan yet: use none or full")
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed arrays on each device."""
+    shapes = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * size for shape, size in shapes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Collectives
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` exchanges, in one update, of an array of that shape: whole, where it is gathered or
+    scattered, and between the devices along `axis`."""
+
+    what: str
+    kind: str
+    axis: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all `count` arrays."""
+        return self.count * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def collectives(config: Config) -> list[Collective]:
+    """Every collective of one update of the training step.
+
+    Over `model`, in each micro-batch: the embedding's rows and, for each sublayer, one sum forward
+    and one backward, of [B, T, D] whatever N is: streams are mixed where they lie. The head adds
+    a maximum, a sum and the target's logit of each position, and one [B, T, D]. Over `data`, once
+    an update: each gradient is summed, or gathered and scattered where parameters are sharded.
+
+    >>> from mhcjax.config import override
+    >>> config = override(Config(), parse_mesh("data=4,model=2"))
+    >>> [c.count for c in collectives(config) if c.what == "sublayers"], config.model.layers
+    ([16], 4)
+    """
+    z = Sizes(config)
+    found: list[Collective] = []
+    if z.model > 1:
+        found += _over_model(z)
+    if z.data > 1:
+        found += _over_data(z)
+    return found + list(_of_update(z))
+
+
+def _over_model(z: Sizes) -> list[Collective]:
+    m = z.config.model
+    stream = (z.rows, z.length, m.width)
+    # The MLP's output is made again only for a write whose coefficients want its gradient.
+    again = (1 if z.fixed else 2) if z.recomputed else 0
+    part = (z.rows, z.length // z.chunks)
+    wide = str(jnp.promote_types(jnp.float32, m.dtype))
+
+    def one(what: str, dtype: str, shape: tuple[int, ...], count: int) -> Collective:
+        return Collective(what, "all-reduce", "model", dtype, shape, z.micro * count)
+
+    return [
+        one("embedding", m.dtype, stream, 1),
+        one("sublayers", m.dtype, stream, (4 + again) * m.layers),
+        one("head", wide, part, 3 * z.chunks),
+        one("head", m.dtype, (*part, m.width), z.chunks),
+    ]
+
+
+def _over_data(z: Sizes) -> list[Collective]:
+    found = [Collective("loss", "all-reduce", "data", _wide(z), (), 2)]
+    dead = dead_leaves(z.spec, 2 * z.config.model.layers)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(z.state.params):
+        names = [key.key for key in path]
+        offset = SUBLAYER.get(names[1]) if len(names) == 3 else None
+        blocks = range(z.config.model.layers)
+        if offset is not None and all((2 * b + offset, names[-1]) in dead for b in blocks):
+            continue  # frozen in every block, as in a model of one: nobody asks for the sum
+        split = "data" in leaf.sharding.spec
+        shape = gathered_shape(z, leaf)
+        kinds = ("all-gather", "reduce-scatter") if split else ("all-reduce",)
+        for kind in kinds:
+            what = "parameters" if kind == "all-gather" else "gradients"
+            found.append(Collective(what, kind, "data", str(leaf.dtype), shape, 1))
+    return found
+
+
+def _of_update(z: Sizes) -> Iterator[Collective]:
+    """The gradient norm's share of each split leaf; what Newton-Schulz wants whole."""
+    groups = optim.labels(z.state.params)
+    config = z.config.optim
+    for group, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(z.state.params), strict=True):
+        spec = _spec(leaf)
+        axes = [axis for axis in spec if axis and z.mesh.shape[axis] > 1]
+        for axis in axes:
+            yield Collective("norm", "all-reduce", axis, str(leaf.dtype), (), 1)
+        if group != "matrix" or config.name != "muon":
+            continue
+        shape = list(leaf.sharding.shard_shape(leaf.shape))
+        for d in reversed(range(len(shape))):
+            if spec[d] in axes:
+                shape[d] *= z.mesh.shape[spec[d]]
+                dtype = config.muon_dtype or str(leaf.dtype)
+                yield Collective("matrices", "all-gather", spec[d], dtype, tuple(shape), 1)
+
+
+def _spec(leaf: Any) -> tuple:
+    """The mesh axis of each dimension, or None."""
+    return (*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec)))
+
+
+def _wide(z: Sizes) -> str:
+    return str(jnp.promote_types(jnp.float32, z.config.model.dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device. Parameters and optimizer are exact, the rest is estimated.
+
+    `gathered`: the parameters whole along `data`, while a step of sharded ones runs. `gradients`:
+    of one micro-batch, and their sum where there are several. `narrow`: the weights in the dtype of
+    the activations. `activations`: what the forward pass saves. `temporary`: the largest of what
+    lives and dies: a chunk of logits, or a block that is made again. `peak`: at the worst moment.
+    """
+
+    parameters: int
+    optimizer: int
+    gathered: int
+    gradients: int
+    narrow: int
+    activations: int
+    temporary: int
+    peak: int
+
+
+def memory(config: Config) -> Memory:
+    """What each device holds.
+
+    Saved per token and block, in numbers of the activations' dtype: both norms 2 D; queries, keys,
+    values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
+    its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32.
+
+    >>> memory(Config()).optimizer > memory(Config()).parameters
+    True
+    """
+    z = Sizes(config)
+    m = config.model
+    block, kept = _saved_by_block(z), m.width * z.spec.streams * z.bytes
+    activations = z.tokens * m.layers * (kept if z.recomputed else block)
+    parameters, size = local_bytes(z.state.params), jnp.dtype(_param_dtype(z)).itemsize
+    whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
+    gathered = whole * size if z.config.mesh.shard_params and z.data > 1 else 0
+    gradients = whole * size * (2 if z.micro > 1 else 1)
+    narrow = z.matrices * z.bytes if z.bytes < size else 0
+    logits = _head_bytes(z)
+    again = z.tokens * block if z.recomputed else 0
+    optimizer = local_bytes(z.state) - parameters
+    sums = whole * size if z.micro > 1 else 0  # held all along
+    moment = max(activations + max(logits, again), gradients - sums + z.tokens * block)
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        gathered=gathered,
+        gradients=gradients,
+        narrow=narrow,
+        activations=activations,
+        temporary=max(logits, again),
+        peak=parameters + optimizer + gathered + narrow + sums + moment,
+    )
+
+
+def _param_dtype(z: Sizes) -> Any:
+    return z.state.params["embedding"].dtype
+
+
+def gathered_shape(z: Sizes, leaf: Any) -> tuple[int, ...]:
+    """The shape of a parameter as a step uses it: one part of `model`, whole along `data`."""
+    part = leaf.sharding.shard_shape(leaf.shape)
+    return tuple(
+        n * z.data if axis == "data" else n for axis, n in zip(_spec(leaf), part, strict=True)
+    )
+
+
+def _saved_by_block(z: Sizes) -> int:
+    """Bytes per token."""
+    m = z.config.model
+    numbers = 2 * m.width + 2 * z.queries + 2 * z.keys
+    numbers += (3 if m.mlp == "swiglu" else 2) * z.hidden
+    heads = (z.queries + z.keys) // (m.width // m.heads)
+    floats = 2 + heads + m.heads // z.model  # factors of the norms; logsumexp of the attention
+    if z.bytes != 2:  # no fused attention: probabilities and their softmax are kept
+        numbers += 2 * m.heads // z.model * z.length
+    if not z.fixed:
+        numbers += 2 * (z.spec.streams + 1) * m.width
+        floats += 2 * (z.logits + z.spec.streams * (z.spec.streams + 2)) if z.logits else 0
+    return numbers * z.bytes + 4 * floats
+
+
+def _head_bytes(z: Sizes) -> int:
+    """Logits and their cotangent, the weight and its gradient, what goes in and comes out."""
+    m, tokens = z.config.model, z.tokens
+    weight = m.width * z.vocab
+    if m.loss == "plain":
+        return 3 * tokens * z.vocab * 4 + weight * (4 + z.bytes)
+    logits = 2 * tokens // z.chunks * z.vocab * z.bytes
+    return logits + weight * (4 * min(z.chunks, 2) + z.bytes) + 4 * tokens * m.width * z.bytes

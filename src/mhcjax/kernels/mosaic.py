@@ -1,0 +1,205 @@
+"""The projection and its backward pass on Hopper: Pallas, lowered through Mosaic GPU.
+
+The same functions as in `projection`, for bfloat16 streams in whole tiles, at the speed of memory:
+tiles come by the copy engine while the tensor cores work on those before.
+
+Axis key: T token, N source stream, D width, E = N*D flattened, C coefficient column, S split.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mhcjax.kernels.blocks import Blocks
+
+__all__ = ["fits", "project", "project_backward"]
+
+WIDE = jnp.float32
+ROWS = 64  # tokens of a tile: what one warpgroup multiplies
+TOKENS = 2 * ROWS  # of a tile of the projection: its weight comes half as often
+STEP = 64  # of E: 128 bytes, what is swizzled together
+HOPPER = ("H100", "H200", "GH200")
+
+
+def fits(x: jax.Array, columns: int) -> bool:
+    """Whether x[T, E] is what these kernels take, on a device that has their instructions."""
+    kind = jax.devices()[0].device_kind
+    whole = x.dtype == jnp.bfloat16 and x.shape[0] % TOKENS == 0
+    return whole and columns in (32, 64) and any(name in kind for name in HOPPER)
+
+
+def _swizzled() -> tuple:
+    """How a tile of bfloat16s lies in shared memory, for the tensor cores."""
+    return plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
+
+
+def _place(i: Any, j: Any) -> tuple:
+    return i, j
+
+
+def _split(tiles: int, most: int) -> int:
+    return next(s for s in range(min(most, tiles), 0, -1) if tiles % s == 0)
+
+
+def _parameters() -> Any:
+    return plgpu.CompilerParams(
+        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    )
+
+
+def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """`projection.project`."""
+    T, E = x.shape
+    C = w.shape[1] // 4
+    split = _split(E // STEP, blocks.split_mosaic)
+    share = E // split
+    tile = partial(plgpu.BlockSpec, transforms=_swizzled())
+
+    def kernel(
+        x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any, z_smem: Any, square_smem: Any, z: Any
+    ) -> None:
+        s, t = jax.lax.axis_index("split"), jax.lax.axis_index("tokens")
+        mine, here = pl.ds(t * TOKENS, TOKENS), pl.ds(s * share, share)
+
+        def body(_: Any, x_s: Any, w_s: Any, square: jax.Array) -> jax.Array:
+            plgpu.wgmma(z, x_s, w_s)
+            x = plgpu.layout_cast(x_s[...], plgpu.Layout.WGMMA).astype(WIDE)
+            square = square + jnp.sum(x * x, axis=1)
+            plgpu.wgmma_wait(0)
+            return square
+
+        zeros = jnp.zeros(TOKENS, WIDE)
+        square = plgpu.emit_pipeline(
+            body,
+            grid=(1, share // STEP),
+            in_specs=[
+                tile((TOKENS, STEP), _place),
+                tile((STEP, 2 * C), lambda i, j: (j, i)),
+            ],
+            max_concurrent_steps=blocks.stages_mosaic,
+            init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)),
+        )(x_ref.at[mine, here], w_ref.at[here, pl.ds(2 * C, 2 * C)])
+        found = z[...]
+        z_smem[...] = found[:, C:] + found[:, :C]
+        square_smem[...] = square
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(z_smem, z_ref.at[s, mine, :])
+        plgpu.copy_smem_to_gmem(square_smem, square_ref.at[s, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((split, T, C), WIDE),
+            jax.ShapeDtypeStruct((split, T), WIDE),
+        ),
+        scratch_types=[
+            plgpu.SMEM((TOKENS, C), WIDE),
+            plgpu.SMEM((TOKENS,), WIDE),
+            plgpu.ACC((TOKENS, 2 * C), WIDE),  # type: ignore[list-item]
+        ],
+        grid=(split, T // TOKENS),
+        grid_names=("split", "tokens"),
+        kernel_name="mhc_project",
+        compiler_params=_parameters(),
+    )
+    return call(x, w)
+
+
+def project_backward(
+    x: jax.Array,
+    w: jax.Array,
+    dz: jax.Array,
+    scalars: jax.Array,
+    du: jax.Array | None,
+    dx: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, jax.Array]:
+    """`projection.project_backward`; dx goes to a new buffer."""
+    T, E = x.shape
+    C = w.shape[1] // 4
+    N = scalars.shape[0] - 1
+    D = E // N
+    step = min(blocks.step_mosaic, D & -D)
+    split = _split(T // ROWS, blocks.split_backward_mosaic)
+    chunk = T // split
+    tile = partial(plgpu.BlockSpec, transforms=_swizzled())
+    row = plgpu.BlockSpec((ROWS,), lambda i, _: (i,))
+
+    def kernel(*refs: Any) -> None:
+        x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
+        dx_ref, dw_ref, w_smem, dw_smem, barrier, dw_acc = refs[-6:]
+        # Programs of one slice of the width follow each other: their du comes out of the cache.
+        j, s = jax.lax.axis_index("slice"), jax.lax.axis_index("split")
+        n, d = jax.lax.rem(j, jnp.int32(N)), jax.lax.div(j, jnp.int32(N))
+        here, mine = pl.ds(n * D + d * step, step), pl.ds(s * chunk, chunk)
+        plgpu.copy_gmem_to_smem(w_ref.at[here, pl.ds(0, 2 * C)], w_smem, barrier)
+        plgpu.barrier_wait(barrier)
+
+        def body(_: Any, *tiles: Any) -> None:
+            x_s, before_s, scale_s, dz_s, *read = tiles[:-1]
+
+            def products(acc: Any) -> jax.Array:
+                # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
+                plgpu.wgmma(acc, dz_s, plgpu.transpose_ref(w_smem, (1, 0)))
+                plgpu.wgmma(dw_acc, plgpu.transpose_ref(x_s, (1, 0)), dz_s)
+                return acc[...]
+
+            def load(ref: Any) -> jax.Array:
+                return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(WIDE)
+
+            def along(ref: Any) -> jax.Array:
+                rows = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
+                return jax.lax.broadcast_in_dim(rows, (ROWS, step), [0])
+
+            out = pl.run_scoped(products, plgpu.ACC((ROWS, step), WIDE))
+            out = out + load(before_s) + along(scale_s) * load(x_s)
+            if read:
+                out = out + along(read[0]) * load(read[1])
+            tiles[-1][...] = out.astype(x.dtype)
+            plgpu.wgmma_wait(0)
+
+        inputs = [
+            (x_ref.at[mine, here], tile((ROWS, step), _place)),
+            (before_ref.at[mine, here], tile((ROWS, step), _place)),
+            (scalars_ref.at[0, mine], row),
+            (dz_ref.at[mine, :], tile((ROWS, 2 * C), _place)),
+        ]
+        if du is not None:
+            columns = pl.ds(d * step, step)
+            inputs.append((scalars_ref.at[1 + n, mine], row))
+            inputs.append((refs[5].at[mine, columns], tile((ROWS, step), _place)))
+        plgpu.emit_pipeline(
+            body,
+            grid=(chunk // ROWS, 1),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[tile((ROWS, step), _place)],
+            max_concurrent_steps=blocks.stages_backward_mosaic,
+        )(*(ref for ref, _ in inputs), dx_ref.at[mine, here])
+        dw = dw_acc[...]
+        dw_smem[...] = dw[:, C:] + dw[:, :C]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(dw_smem, dw_ref.at[s, here, :])
+        plgpu.wait_smem_to_gmem(0)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((T, E), x.dtype), jax.ShapeDtypeStruct((split, E, C), WIDE)),
+        scratch_types=[
+            plgpu.SMEM((step, 2 * C), x.dtype, transforms=_swizzled()),
+            plgpu.SMEM((step, C), WIDE),
+            plgpu.Barrier(),
+            plgpu.ACC((step, 2 * C), WIDE),  # type: ignore[list-item]
+        ],
+        grid=(E // step, split),
+        grid_names=("slice", "split"),
+        kernel_name="mhc_project_backward",
+        compiler_params=_parameters(),
+    )
+    return call(x, w, dz, scalars, dx, *(() if du is None else (du,)))

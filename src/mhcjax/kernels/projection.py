@@ -1,0 +1,261 @@
+"""The kernels behind coefficients of a token's own streams, through Triton: the projection on tiles
+of tokens, for the tensor cores, then everything that is a token's own with tokens on lanes.
+
+Axis key: T token (leading axes flattened), N source stream, D width, E = N*D flattened,
+C coefficient column, padded, S split of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mhcjax.kernels.blocks import Blocks
+from mhcjax.kernels.lanes import on_lanes
+from mhcjax.kernels.triton import WIDE, added, array, index, launch, power_of_two
+
+
+def weights(w_EC: jax.Array, dtype: Any) -> jax.Array:
+    """The weight as the kernels take it, its columns padded by zeros: float32 as it is; for
+    bfloat16 streams [high | high | high | low], two pairs for the two products, where high + low
+    is the weight to 2^-17, five hundred times finer than the streams themselves."""
+    count = w_EC.shape[1]
+    columns = max(32, 1 << (count - 1).bit_length())  # what a product on tensor cores takes
+    padded = jnp.pad(w_EC.astype(WIDE), ((0, 0), (0, columns - count)))
+    if dtype != jnp.bfloat16:
+        return padded
+    # Not a cast there and back, which XLA may drop.
+    high = jax.lax.reduce_precision(padded, exponent_bits=8, mantissa_bits=7)
+    return jnp.concatenate([high, high, high, padded - high], axis=1).astype(dtype)
+
+
+def columns_of(w: jax.Array) -> int:
+    """C, padded, of what `weights` returned."""
+    return w.shape[1] // (4 if w.dtype == jnp.bfloat16 else 1)
+
+
+def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == WIDE else None
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=WIDE)
+
+
+def _two(a: jax.Array, dtype: Any) -> list[jax.Array]:
+    """a as a sum of arrays of the dtype: of two bfloat16s, or itself."""
+    if dtype == WIDE:
+        return [a]
+    high = a.astype(dtype)
+    return [high, (a - high.astype(WIDE)).astype(dtype)]
+
+
+def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """(x @ w, sum of squares of x) of x[T, E], in S sums over parts of E: [S, T, C], [S, T]."""
+    T, E = x.shape
+    C = columns_of(w)
+    parts = [0] if w.shape[1] == C else [3 * C, 2 * C]  # small ones first
+    rows, step = blocks.rows, power_of_two(E, blocks.step)
+    split = next(s for s in range(min(blocks.split, E // step), 0, -1) if E // step % s == 0)
+
+    def kernel(x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any) -> None:
+        s, t = pl.program_id(0), pl.program_id(1) * rows
+        inside = t + jnp.arange(rows) < T
+
+        def body(i: Any, carry: tuple) -> tuple:
+            z, square = carry
+            e = (s * (E // step // split) + i) * step
+            x = plt.load(x_ref.at[pl.ds(t, rows), pl.ds(e, step)], mask=inside[:, None], other=0.0)
+            for p in parts:
+                z = z + _dot(x, w_ref[pl.ds(e, step), pl.ds(p, C)], (1, 0))
+            return z, square + jnp.sum(jnp.square(x.astype(WIDE)), axis=1)
+
+        zeros = (jnp.zeros((rows, C), WIDE), jnp.zeros(rows, WIDE))
+        z, square = jax.lax.fori_loop(0, E // step // split, body, zeros)
+        plt.store(z_ref.at[s, pl.ds(t, rows), :], z, mask=inside[:, None])
+        plt.store(square_ref.at[s, pl.ds(t, rows)], square, mask=inside)
+
+    outputs = (array(WIDE, split, T, C), array(WIDE, split, T))
+    call = launch(
+        kernel,
+        (split, pl.cdiv(T, rows)),
+        outputs,
+        warps=blocks.warps,
+        stages=blocks.stages,
+        name="mhc_project",
+    )
+    return call(x, w)
+
+
+def coefficients(
+    f: Callable,
+    sizes: tuple[int, ...],
+    z: jax.Array,
+    square: jax.Array,
+    bias: jax.Array,
+    inputs: int,
+    blocks: Blocks,
+) -> tuple[jax.Array, ...]:
+    """(z[C, T], mean square[T], then the outputs of f[T, size] each) of the sums that `project`
+    made; `f(z[C], mean square[], bias[C])` is what one token does with them."""
+    S, T, _ = z.shape
+    C, lanes = bias.shape[0], blocks.lanes
+    run = on_lanes(f, [(C,), (), (C,)], differentiable=False)
+
+    def kernel(z_ref: Any, square_ref: Any, bias_ref: Any, *refs: Any) -> None:
+        t = pl.program_id(0) * lanes
+        inside = t + jnp.arange(lanes) < T
+        # A token past the end is one of ones, so that nothing divides by zero.
+        load = partial(plt.load, mask=inside, other=1.0)
+        put = partial(plt.store, mask=inside)
+        here = pl.ds(t, lanes)
+        total = [
+            added([load(z_ref.at[index(s), here, index(c)]) for s in range(S)]) for c in range(C)
+        ]
+        mean = added([load(square_ref.at[index(s), here]) for s in range(S)]) / inputs
+        for c in range(C):
+            put(refs[0].at[index(c), here], total[c])
+        put(refs[1].at[here], mean)
+        bias = [jnp.full(lanes, bias_ref[c], WIDE) for c in range(C)]
+        for ref, columns in zip(refs[2:], run(total, [mean], bias), strict=True):
+            for k, column in enumerate(columns):
+                put(ref.at[here, index(k)], jnp.broadcast_to(jnp.asarray(column, WIDE), (lanes,)))
+
+    outputs = (array(WIDE, C, T), array(WIDE, T), *(array(WIDE, T, k) for k in sizes))
+    call = launch(
+        kernel, (pl.cdiv(T, lanes),), outputs, warps=max(lanes // 32, 1), name="mhc_coefficients"
+    )
+    return tuple(call(z, square, bias))
+
+
+def coefficients_backward(
+    f: Callable,
+    z_CT: jax.Array,
+    mean_T: jax.Array,
+    bias: jax.Array,
+    cotangents: Sequence[Sequence[jax.Array]],
+    columns: int,
+    dtype: Any,
+    inputs: int,
+    blocks: Blocks,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dz, rows[1 + N, T], dbias summed by program[programs, C]).
+
+    dz is [T, columns] in float32, or its [high | low] parts in bfloat16. The rows are what x is
+    multiplied by, and pre. `cotangents` holds, for each output of f, the arrays [T, size] that add
+    up to its cotangent."""
+    C, T = z_CT.shape
+    lanes = blocks.lanes
+    programs = pl.cdiv(T, lanes)
+    run = on_lanes(f, [(C,), (), (C,)])
+    counts = [len(group) for group in cotangents]
+
+    def kernel(z_ref: Any, mean_ref: Any, bias_ref: Any, *refs: Any) -> None:
+        t = pl.program_id(0) * lanes
+        inside = t + jnp.arange(lanes) < T
+        load, put, here = partial(plt.load, mask=inside), plt.store, pl.ds(t, lanes)
+        arguments = (
+            [load(z_ref.at[index(c), here], other=1.0) for c in range(C)],
+            [load(mean_ref.at[here], other=1.0)],
+            [jnp.full(lanes, bias_ref[c], WIDE) for c in range(C)],
+        )
+        outs, pull = jax.vjp(lambda *a: run(*a), *arguments)
+        given, groups = iter(refs[: sum(counts)]), []
+        for count, out in zip(counts, outs, strict=True):
+            own = [next(given) for _ in range(count)]
+            groups.append(
+                [
+                    added([load(r.at[here, index(k)], other=0.0) for r in own])
+                    for k in range(len(out))
+                ]
+            )
+        dz, (dmean,), dbias = pull(groups)
+        dz_ref, rows_ref, dbias_ref = refs[-3:]
+        for c in range(columns):
+            column = dz[c] if c < C else jnp.zeros(lanes, WIDE)
+            for p, part in enumerate(_two(column, dtype)):
+                put(dz_ref.at[here, index(p * columns + c)], part, mask=inside)
+        for k, row in enumerate([dmean * (2 / inputs), *outs[0]]):
+            put(rows_ref.at[index(k), here], row, mask=inside)
+        for c in range(C):
+            dbias_ref[pl.program_id(0), c] = jnp.sum(dbias[c])
+
+    outputs = (
+        array(dtype, T, columns * (1 if dtype == WIDE else 2)),
+        array(WIDE, 1 + cotangents[0][0].shape[1], T),
+        array(WIDE, programs, C),
+    )
+    call = launch(
+        kernel, (programs,), outputs, warps=max(lanes // 32, 1), name="mhc_coefficients_backward"
+    )
+    flat = [array for group in cotangents for array in group]
+    return call(z_CT, mean_T, bias, *flat)
+
+
+def project_backward(
+    x: jax.Array,
+    w: jax.Array,
+    dz: jax.Array,
+    scalars: jax.Array,
+    du: jax.Array | None,
+    dx: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, jax.Array]:
+    """(dx[T, E], dw summed by split[S, E, C]): `dx + pre du + scale x + dz w^T`, and `x^T dz`, of
+    `scalars[1 + N, T]`, scale and pre. Without du the read is left out. dx is added to in place."""
+    T, E = x.shape
+    C = columns_of(w)
+    D = E // (scalars.shape[0] - 1)
+    N = E // D
+    rows, step = blocks.rows_backward, power_of_two(D, blocks.step_backward)
+    tiles = pl.cdiv(T, rows)
+    split = min(blocks.split_backward, tiles)
+    each = pl.cdiv(tiles, split)
+
+    def kernel(x_ref: Any, w_ref: Any, dz_ref: Any, scalars_ref: Any, *refs: Any) -> None:
+        # Programs of one slice of the width follow each other: their du comes out of the cache.
+        j, s = pl.program_id(0), pl.program_id(1)
+        n, d = j % N, j // N * step
+        here = pl.ds(n * D + d, step)
+        before_ref, dx_ref, dw_ref = refs[-3:]
+        w = w_ref[here, pl.ds(0, C)]
+
+        def body(i: Any, dw: jax.Array) -> jax.Array:
+            # All programs walk over the tokens side by side, so that they share the cache.
+            t = (i * split + s) * rows
+            inside = t + jnp.arange(rows) < T
+            load = partial(plt.load, mask=inside[:, None], other=0.0)
+            along = partial(plt.load, mask=inside, other=0.0)
+            here_t = pl.ds(t, rows)
+            x = load(x_ref.at[here_t, here])
+            dz = [load(dz_ref.at[here_t, pl.ds(p, C)]) for p in range(0, dz_ref.shape[1], C)]
+            # Both rounded to the dtype of the streams, as dx itself will be.
+            scale = along(scalars_ref.at[index(0), here_t])
+            out = scale[:, None] * x.astype(WIDE) + _dot(dz[0], w, (1, 1))
+            if du is not None:
+                pre = along(scalars_ref.at[1 + n, here_t])
+                du_tile = load(refs[0].at[here_t, pl.ds(d, step)])
+                out = out + pre[:, None] * du_tile.astype(WIDE)
+            out = out + load(before_ref.at[here_t, here]).astype(WIDE)
+            plt.store(dx_ref.at[here_t, here], out.astype(dx_ref.dtype), mask=inside[:, None])
+            for part in dz:
+                dw = dw + _dot(x, part, (0, 0))
+            return dw
+
+        dw_ref[s, here, :] = jax.lax.fori_loop(0, each, body, jnp.zeros((step, C), WIDE))
+
+    inputs = [x, w, dz, scalars, *([] if du is None else [du]), dx]
+    call = launch(
+        kernel,
+        (E // step, split),
+        (array(x.dtype, T, E), array(WIDE, split, E, C)),
+        warps=blocks.warps_backward,
+        stages=blocks.stages_backward,
+        name="mhc_project_backward",
+        aliases={len(inputs) - 1: 0},
+    )
+    return call(*inputs)

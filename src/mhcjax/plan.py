@@ -1,0 +1,218 @@
+"""The plan of a run on paper: the step time of any mesh, and the rows that `mhcjax info` prints.
+
+Estimates from the closed forms of `mhcjax.costs` and the makers' figures of `train.DEVICES`; their
+constants stand below, with what they were fitted to.
+
+Axis key: D width, N stream, T position, F hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+
+from mhcjax import optim, train
+from mhcjax.config import Config, override
+from mhcjax.costs import (
+    Collective,
+    Sizes,
+    collectives,
+    gathered_shape,
+    local_bytes,
+    memory,
+    mesh_of,
+    parse_mesh,
+)
+
+__all__ = ["Seconds", "info", "seconds"]
+
+# Fitted to one H200, the 124M shape at 64 x 1024 tokens in bfloat16 (model_h200_history.json):
+# 64.8 ms of matmuls, 13.8 ms of attention, 28.2 ms of all else, 1.2 ms without a kernel.
+MATMUL = 0.75  # of the bf16 peak
+ATTENTION = 0.32  # of the bf16 peak, at heads of 128; in proportion below
+BANDWIDTH = 0.68  # of the memory's, in kernels that only pass over arrays
+GAP = 1e-4  # seconds without a kernel, for each block
+# The projection of a dynamic mix is made in float32 whatever the activations are.
+PROJECTION = 0.12  # of the bf16 peak
+# NCCL reaches 370 of NVLink's 450 GB/s: 20 % of the protocol (NVIDIA/nccl-tests, issue 212).
+LINK = 0.82
+LATENCY = 2e-5  # seconds of one collective within a host; each doubling of hosts adds as much
+
+# Passes over float32 arrays of the parameters' size in one update, the gradient norm's with them.
+UPDATE_PASSES = {"adamw": 8, "muon": 6, "lion": 6, "sgd": 4}
+NEWTON_SCHULZ = 5  # iterations
+
+
+# --------------------------------------------------------------------------------------------------
+# Time
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted seconds of one update on each device, by what takes them.
+
+    `passes`: kernels that read and write arrays and compute little; `update`: the optimizer;
+    `model` and `data`: exchanges along those axes. They are added: nothing is taken to overlap.
+    """
+
+    matmul: float
+    attention: float
+    projection: float
+    passes: float
+    update: float
+    gaps: float
+    model: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def communication(self) -> float:
+        """The share of the exchanges."""
+        return (self.model + self.data) / self.total
+
+
+def seconds(config: Config, device: str) -> Seconds:
+    """The predicted step on devices of that kind, with the constants above.
+
+    Exchanges go round a ring: 2 (n - 1) / n of the bytes for a sum, half for a gather or a scatter,
+    at the link's speed within a host, at the network's share of the group's devices beyond.
+
+    >>> config = override(Config(), {"model.dtype": "bfloat16"})
+    >>> 0 < seconds(config, "h200").matmul < seconds(config, "h200").total < 0.1
+    True
+
+    Raises ValueError for a device whose speeds are not in `train.DEVICES`.
+    """
+    kind = train.device_of(device)
+    if kind is None or kind.bandwidth is None or kind.link is None or kind.network is None:
+        known = [name for name, d in train.DEVICES.items() if d.bandwidth is not None]
+        raise ValueError(f"no speeds are known for device {device!r}: name one of {known}")
+    z = Sizes(config)
+    m = config.model
+    tokens, blocks = z.tokens * z.micro, m.layers * z.micro
+    passes = 8 if z.recomputed else 6  # 2 FLOPs of a product: forward, twice backward, once more
+    products = tokens * (passes * z.matrices + 6 * m.width * z.vocab)
+    # Causal: half of T; backward has five products to the forward's two.
+    scores = (9 if z.recomputed else 7) * tokens * m.layers * z.length * z.queries
+    mixed = passes * tokens * 2 * m.layers * z.projection
+    newton = _newton_schulz(z) if config.optim.name == "muon" else 0
+    attention = ATTENTION * min(1.0, m.width / m.heads / 128)
+    speed = BANDWIDTH * kind.bandwidth
+    exchanged = {
+        axis: sum(_exchange(c, z, kind) for c in collectives(config) if c.axis == axis)
+        for axis in ("model", "data")
+    }
+    return Seconds(
+        matmul=products / (MATMUL * kind.peak_flops),
+        attention=scores / (attention * kind.peak_flops),
+        projection=mixed / (PROJECTION * kind.peak_flops),
+        passes=(z.micro * _passed_bytes(z)) / speed,
+        update=UPDATE_PASSES[config.optim.name] * local_bytes(z.state.params) / speed
+        + newton / (MATMUL * kind.peak_flops),
+        gaps=GAP * blocks,
+        **exchanged,
+    )
+
+
+def _passed_bytes(z: Sizes) -> int:
+    """Of one micro-batch, by the kernels that are no products."""
+    m, D, spec = z.config.model, z.config.model.width, z.spec
+    # Forward and backward: norms 5 D each, the sums of what queries, keys, values (and a gate)
+    # send back, rotations of queries and keys, the activation function.
+    gated = m.mlp == "swiglu"
+    numbers = 10 * D + 4 * D + 5 * (z.queries + z.keys)
+    numbers += 3 * D + 8 * z.hidden if gated else 5 * z.hidden
+    # Each connection: 3 N + 2 streams forward, 6 N + 3 backward; the plain residual 3 and 3.
+    numbers += 2 * (6 if z.fixed else 9 * spec.streams + 5) * D
+    if z.recomputed:
+        numbers += 4 * D + 2 * (z.queries + z.keys) + (3 if gated else 2) * z.hidden
+        numbers += 2 * (3 if z.fixed else 3 * spec.streams + 2) * D
+    block = numbers * z.bytes
+    if z.logits:
+        block += 5 * 2 * 4 * spec.streams * (spec.streams + 2)
+    logits = 3 * z.vocab * z.bytes  # read for the sum; read and written for the cotangent
+    ends = (4 + 8) * D  # the embedding's rows in float32, scattered in float32
+    whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
+    weights = 6 * z.matrices + (12 * whole if z.micro > 1 else 0)  # narrowed; added to the sum
+    return z.tokens * (m.layers * block + logits + ends) + weights
+
+
+def _newton_schulz(z: Sizes) -> int:
+    """FLOPs; each device makes all of it."""
+    found = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(z.state.params["blocks"]):
+        dims = optim.MATRIX_AXES.get(str(path[-1].key))
+        if dims is not None:
+            axes = dims.reduction_axis
+            inputs = math.prod(
+                leaf.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))
+            )
+            outputs = math.prod(leaf.shape[1:]) // inputs
+            small, large = sorted((inputs, outputs))
+            found += leaf.shape[0] * (4 * small**2 * large + 2 * small**3)
+    return NEWTON_SCHULZ * found
+
+
+def _exchange(c: Collective, z: Sizes, kind: train.Device) -> float:
+    n, stride = z.mesh.shape[c.axis], 1 if c.axis == "model" else z.model
+    near = max(1, kind.host // stride)  # devices of the group within one host
+    link, network = LINK * (kind.link or 0), LINK * (kind.network or 0)
+    speed = link if n <= near else min(link, near * network)
+    wire = (2 if c.kind == "all-reduce" else 1) * (n - 1) / n * c.bytes
+    # Those over `data` are exchanged together, those of `model` wait for what they add up.
+    together = c.axis == "data" or c.what in ("norm", "matrices")
+    hops = 1 + math.log2(max(1, n / near))
+    return wire / speed + (0 if together else c.count * LATENCY * hops)
+
+
+# --------------------------------------------------------------------------------------------------
+# As `mhcjax info` prints it
+
+
+def info(config: Config, *, device: str | None = None) -> dict[str, Any]:
+    """The plan as rows; with a device kind also the predicted time, and whether it fits.
+
+    `efficiency`: of as many devices as one device's rate would ask for, the batch being the same.
+
+    >>> rows = info(override(Config(), parse_mesh("data=4,model=2")), device="h200")
+    >>> rows["devices"], rows["fits"]
+    (8, True)
+
+    Raises ValueError for a config that does not divide over its mesh.
+    """
+    train.check_mesh(config, mesh_of(config))
+    z, held = Sizes(config), memory(config)
+    exchanged: dict[str, int] = {}
+    for c in collectives(config):
+        name = f"{c.kind} over {c.axis}: {c.what}"
+        exchanged[name] = exchanged.get(name, 0) + c.bytes
+    sharded = ", parameters and optimizer sharded over data" if config.mesh.shard_params else ""
+    rows: dict[str, Any] = {
+        "mesh": f"data {z.data} x model {z.model}{sharded}",
+        "devices": z.mesh.size,
+        "bytes on each device": {f.name: getattr(held, f.name) for f in fields(held)},
+        "bytes exchanged by each device, by collective": exchanged,
+    }
+    if device is not None and (kind := train.device_of(device)) is not None:
+        rows["fits"] = held.peak <= kind.memory
+        if kind.bandwidth is not None:
+            took = seconds(config, device)
+            one = seconds(override(config, parse_mesh("data=1")), device)
+            tokens = config.data.batch * config.data.length * z.micro
+            flops = tokens * train.flops_per_token(config.model, config.data.length)
+            rows["predicted seconds of one update"] = {
+                **{f.name: getattr(took, f.name) for f in fields(took)},
+                "total": took.total,
+            }
+            rows["predicted tokens per second"] = tokens / took.total
+            rows["predicted MFU"] = flops / took.total / z.mesh.size / kind.peak_flops
+            rows["predicted share of communication"] = took.communication
+            rows["predicted efficiency"] = one.total / took.total / z.mesh.size
+    return rows

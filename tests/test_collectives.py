@@ -1,0 +1,323 @@
+"""What the compiled training step exchanges: kind, axis, shape and count of every collective, as
+`mhcjax.costs` states them: one reduction of the gradients an update, never a stream or logits.
+
+The programs are compiled for forced host devices. A backend may join several arrays in one
+instruction; arrays are what is counted here.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import collectives
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mhcjax import costs, diagnostics, ends, gpt, head, optim, train
+from mhcjax.config import Config, override
+
+# Sizes that no two kinds of array share: 3 rows of 12 positions on each device, width 32.
+SMALL = {
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.hidden": 40,
+    "model.vocab": 1000,
+    "model.context": 12,
+    "model.connection.preset": "mhc_n4",
+    "data.length": 12,
+    "optim.name": "adamw",
+}
+
+
+def config_of(data, model, **changes):
+    named = {"mesh.data": data, "mesh.model": model, "data.batch": 3 * data}
+    return override(Config(), {**SMALL, **named, **changes})
+
+
+def compiled(config):
+    program = train.program(config)
+    return program.compile(optim.hyper(config.optim, config.total_steps))
+
+
+def exchanged(config, step=None):
+    """Counter of the compiled step's collectives."""
+    sizes = {"data": config.mesh.data, "model": config.mesh.model}
+    return collectives.of((step or compiled(config)).as_text(), sizes)
+
+
+def stated(config):
+    """Counter of the same, in closed form."""
+    short = {"float32": "f32", "float64": "f64", "bfloat16": "bf16"}
+    found = Counter()
+    for c in costs.collectives(config):
+        found[collectives.Collective(c.kind, c.axis, short[c.dtype], c.shape)] += c.count
+    return found
+
+
+def check(config):
+    """The compiled step against the closed form, and against what must hold of any step."""
+    step = compiled(config)
+    found = exchanged(config, step)
+    assert found == stated(config), difference(found, stated(config))
+    # The state is given away and taken back in place: what XLA aliases is all of it.
+    held = costs.memory(config)
+    assert step.memory_analysis().alias_size_in_bytes == held.parameters + held.optimizer
+    assert reduced_bytes(found, config) == once(config)
+    assert not carrying(found, config)
+    return found
+
+
+def difference(found, wanted):
+    return f"compiled only {dict(found - wanted)}, stated only {dict(wanted - found)}"
+
+
+def reduced_bytes(found, config):
+    """Bytes of gradients that are summed over data in one update; the losses are two scalars."""
+    kinds = ("all-reduce", "reduce-scatter")
+    arrays = [(c, n) for c, n in found.items() if c.axes == "data" and c.kind in kinds]
+    return sum(n * c.bytes for c, n in arrays if c.shape)
+
+
+def once(config):
+    """Bytes of every gradient but scalars, by hand: a part of the split ones, the rest whole. In a
+    model of one block the first pre and the last res are frozen altogether: never summed."""
+    if config.mesh.data == 1:
+        return 0
+    params = gpt.abstract_params(config.model)
+    dead = diagnostics.dead_leaves(gpt.connection_of(config.model), 2 * config.model.layers)
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        frozen = config.model.layers == 1 and any(
+            name == f"blocks.{('attention', 'mlp')[l % 2]}_connection.{leaf}" for l, leaf in dead
+        )
+        split = set("HFV") & set(gpt.AXES.get(path[-1].key, ""))
+        size = leaf.size * leaf.dtype.itemsize // (config.mesh.model if split else 1)
+        total += 0 if frozen or not leaf.shape else size
+    return total
+
+
+def carrying(found, config):
+    """Arrays over positions that are neither [B, T] nor [B, T, D]: a stream, or logits."""
+    rows, width = config.data.batch // config.mesh.data, config.model.width
+    return [
+        c
+        for c in found
+        if len(c.shape) > 1
+        and c.shape[0] == rows
+        and config.data.length % c.shape[1] == 0
+        and c.shape[2:] not in ((), (width,))
+    ]
+
+
+def identity(case):
+    return "-".join(map(str, case))
+
+
+MESHES = [(8, 1), (4, 2), (2, 4)]
+GRID = [(*mesh, shard, micro) for mesh in MESHES for shard in (False, True) for micro in (1, 4)]
+QUICK = {(8, 1, False, 4), (8, 1, True, 4), (4, 2, False, 1), (4, 2, True, 4), (2, 4, True, 1)}
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "shard", "micro"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=identity(case))
+        for case in GRID
+    ],
+)
+def test_every_mesh(data, model, shard, micro):
+    """Each gradient crosses `data` once, whatever the accumulation; `model` sees [B, T, D] only."""
+    config = config_of(data, model, **{"mesh.shard_params": shard, "data.micro_batches": micro})
+    found = check(config)
+    over_model = [c for c in found if c.axes == "model" and c.shape]
+    assert bool(over_model) == (model > 1)
+    if model > 1:  # embedding, two sums a sublayer, the head's one, of [3, 12, 32]
+        stream = collectives.Collective("all-reduce", "model", "f32", (3, 12, 32))
+        assert found[stream] == micro * (1 + 4 + 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.connection.preset": "residual", "model.remat": True},
+        {"model.remat": True},
+        {"model.connection.preset": "deepseek_v4", "mesh.shard_params": True},
+        pytest.param({"model.connection.preset": "hc", "model.layers": 2}, marks=pytest.mark.slow),
+        pytest.param({"model.connection.preset": "single_pass"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model.connection.preset": "mhc", "model.remat": True}, marks=pytest.mark.slow
+        ),
+        pytest.param({"model.mlp": "swiglu", "model.tied": True}, marks=pytest.mark.slow),
+        pytest.param({"model.kv_heads": 2, "model.walk": "scan"}, marks=pytest.mark.slow),
+        pytest.param({"model.loss": "plain", "model.soft_cap": 3.0}, marks=pytest.mark.slow),
+        {"optim.name": "muon", "mesh.shard_params": True},
+        pytest.param({"optim.name": "muon"}, marks=pytest.mark.slow),
+        pytest.param({"optim.name": "lion", "optim.z_loss": 1e-4}, marks=pytest.mark.slow),
+        pytest.param({"model.vocab": 1030, "mesh.shard_params": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(f"{k.split('.')[-1]}={v}" for k, v in changes.items()),
+)
+def test_every_kind_of_model(changes):
+    check(config_of(4, 2, **{"model.layers": 1, **changes}))
+
+
+def test_a_head_in_chunks(monkeypatch):
+    """Four chunks of three positions: as many maxima and sums, of a quarter each."""
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 3 * 512)
+    found = check(config_of(4, 2))
+    assert found[collectives.Collective("all-reduce", "model", "f32", (3, 3))] == 3 * 4
+
+
+@pytest.mark.slow
+def test_float64():
+    with jax.enable_x64(True):
+        check(config_of(4, 2, **{"model.dtype": "float64", "mesh.shard_params": True}))
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_one_axis_alone(data):
+    """No exchange along an axis of one device."""
+    found = check(config_of(data, 8 // data, **{"model.heads": 8}))
+    assert {c.axes for c in found} == {"data" if data == 8 else "model"}
+
+
+SIXTY_FOUR = [(64, 1, True, 1), (16, 4, False, 2), (8, 8, True, 2)]
+
+
+@pytest.mark.slow
+def test_sixty_four_devices():
+    """In a process of its own, which is given that many."""
+    code = f"""
+import jax, test_collectives as t
+assert jax.device_count() == 64
+for data, model, shard, micro in {SIXTY_FOUR}:
+    changes = {{"mesh.shard_params": shard, "data.micro_batches": micro}}
+    t.check(t.config_of(data, model, **{{"model.heads": 8, "model.width": 64, **changes}}))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=64"}
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | flags, check=True)
+
+
+def test_one_device_is_not_split():
+    """A mesh of one costs nothing: no part of its program is split by hand, nothing exchanged."""
+    for devices, manual in ((1, False), (8, True)):
+        program = train.program(config_of(devices, 1))
+        hyper = optim.hyper(program.config.optim, 100)
+        text = program.train_step.lower(program.abstract_state, program.abstract_batch, hyper)
+        assert ("manual_computation" in text.as_text()) == manual
+    assert not exchanged(config_of(1, 1)) and not stated(config_of(1, 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Negative controls: the same comparison, one thing wrong
+
+
+def test_a_reduction_in_each_micro_batch_is_caught(monkeypatch):
+    honest = jax.value_and_grad
+
+    def each(f, **options):
+        made = honest(f, **options)
+        return lambda *args: jax.tree.map(lambda a: jax.lax.psum(a, "data"), made(*args))
+
+    monkeypatch.setattr(jax, "value_and_grad", each)
+    config = config_of(8, 1, **{"data.micro_batches": 4})
+    found = exchanged(config)
+    assert found != stated(config)
+    # The last time by the step itself; no leaf is left out of a sum inside the loop.
+    assert reduced_bytes(found, config) >= 5 * once(config)
+
+
+def test_a_gathered_stream_is_caught(monkeypatch):
+    honest = ends.expand
+
+    def gathered(*args, **options):
+        return jax.lax.pmean(honest(*args, **options), "model")
+
+    monkeypatch.setattr(ends, "expand", gathered)
+    config = config_of(4, 2)
+    found = exchanged(config)
+    assert found != stated(config)
+    assert {c.shape for c in carrying(found, config)} == {(3, 12, 4, 32)}
+
+
+def test_gathered_logits_are_caught(monkeypatch):
+    def gathered(z, vocab):
+        whole = jax.lax.all_gather(z, "model", axis=z.ndim - 1, tiled=True)
+        return jax.nn.logsumexp(whole[..., :vocab], axis=-1)
+
+    monkeypatch.setattr(head, "_logsumexp", gathered)
+    config = config_of(4, 2)
+    found = exchanged(config)
+    assert found != stated(config)
+    assert {c.shape for c in carrying(found, config)} == {(3, 12, 1024)}
+
+
+def test_a_wrong_closed_form_is_caught():
+    """The comparison sees the count, the shape and the axis."""
+    config = config_of(4, 2)
+    for other in (
+        {"model.layers": 2},
+        {"data.micro_batches": 2},
+        {"mesh.shard_params": True},
+        {"model.remat": True},
+        {"mesh.data": 2, "mesh.model": 4, "data.batch": 6},
+    ):
+        assert stated(config) != stated(override(config, other)), other
+
+
+# --------------------------------------------------------------------------------------------------
+# The reading of compiled programs
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "size"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "model", 2),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", "data", 4),
+        ("replica_groups={{0,1,2,3,4,5,6,7}}", "data+model", 8),
+        ("replica_groups=[4,2]<=[8]", "model", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "data", 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", "model", 2),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", "data", 4),
+        ("source_target_pairs={{0,1},{2,3},{5,4}}", "model", 2),
+        ("source_target_pairs={{0,2},{6,4}}", "data", 4),
+    ],
+)
+def test_groups_of_devices(groups, axes, size):
+    assert collectives.axes_of(groups, {"data": 4, "model": 2}) == (axes, size)
+
+
+@pytest.mark.parametrize("groups", ["replica_groups={{0,3},{1,2}}", "no groups"])
+def test_groups_that_are_no_axis_are_refused(groups):
+    with pytest.raises(ValueError):
+        collectives.axes_of(groups, {"data": 2, "model": 2})
+
+
+def test_loops_count_as_often_as_they_run():
+    """A sum over eight devices in a scan of five, a gather and a scatter outside, whole shapes."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def f(x):
+        total, _ = jax.lax.scan(lambda c, _: (jax.lax.psum(jnp.sin(c), "data"), None), x, length=5)
+        whole = jax.lax.all_gather(total, "data", tiled=True)
+        return jax.lax.psum_scatter(whole * whole, "data", tiled=True)
+
+    step = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    text = step.lower(jnp.zeros(24)).compile().as_text()
+    assert collectives.of(text, {"data": 8}) == {
+        collectives.Collective("all-reduce", "data", "f32", (3,)): 5,
+        collectives.Collective("all-gather", "data", "f32", (24,)): 1,
+        collectives.Collective("reduce-scatter", "data", "f32", (24,)): 1,
+    }
+    endless = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)
+    assert endless != text
+    with pytest.raises(ValueError, match="not to be counted"):
+        collectives.of(endless, {"data": 8})
