@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mhcjax import connections, kernels
-from mhcjax.kernels import triton
+from mhcjax.kernels import projection, triton
 from tests import layers, oracle, oracle_layer, oracle_presets
 
 # Leading axes of (streams, coefficients): static, per token, fewer, broadcast either way.
@@ -154,20 +154,19 @@ def drawn(*what, most=200):
 # (preset, streams, width, dtype); the counts of tokens are drawn.
 QUICK = [
     ("mhc", 4, 64, "float32"),
-    ("deepseek_v4", 2, 192, "bfloat16"),
     ("single_pass", 2, 64, "bfloat16"),
     ("mhc_lite", 3, 192, "float32"),
-    ("kromhc", 4, 64, "bfloat16"),
     ("megatron", 2, 320, "float32"),
-    ("maxtext", 2, 64, "bfloat16"),
+    ("maxtext", 2, 64, "float32"),
     ("mhc_n2", 2, 320, "bfloat16"),
     ("mhc_n4", 4, 64, "float32"),
 ]
+MORE = {"kromhc": (2, 6, 8), "deepseek_v4": (1, 2, 3, 4, 5, 8)}  # streams
 FUSED = [name for name in oracle_layer.DYNAMIC if name != "ihc"]  # whose identity has no kernel
 SLOW = [
     (name, N, D, dtype)
     for name, D, dtype in product([*FUSED, *layers.STATIC], (64, 192, 320), layers.LIMITS)
-    for N in {**layers.STATIC, "kromhc": (2, 6, 8)}.get(name, (1, 2, 3, 4))
+    for N in {**layers.STATIC, **MORE}.get(name, (1, 2, 3, 4))
     if (name, N, D, dtype) not in QUICK
 ]
 EVERY = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
@@ -178,8 +177,9 @@ def test_layers(name, N, D, dtype, on_the_device):
     layers.check_layer(name, N, D, drawn(name, N, D, dtype), dtype)
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3)])
-@pytest.mark.parametrize("name", ["kromhc", "mhc_n2"])
+@pytest.mark.parametrize(
+    ("name", "lead"), [("kromhc", ()), ("kromhc", (2, 1, 3)), ("mhc_n2", ()), ("mhc_n2", (1,))]
+)
 def test_a_single_token_and_any_leading_axes(name, lead, on_the_device):
     layers.check_layer(name, 2, 64, lead, "float32")
 
@@ -197,12 +197,13 @@ def test_mix_and_read(dtype, reads, on_the_device):
     layers.check_mix("kromhc", 2, 192, drawn("mix", dtype, reads), dtype, reads)
 
 
-def _streams(N):
-    return pytest.param(N, marks=pytest.mark.slow if N > 4 else ())
+def _quick(N, shared):
+    return pytest.param(N, shared, marks=() if N < 5 and shared == N % 2 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("N", [_streams(N) for N in range(1, 9)])
+@pytest.mark.parametrize(
+    ("N", "shared"), [_quick(N, shared) for N, shared in product(range(1, 9), (False, True))]
+)
 def test_read_and_write(N, shared, on_the_device):
     """Both rules and both dtypes in turn."""
     rule = ("add_first", "mix_first")[N % 2]
@@ -214,6 +215,10 @@ LARGE = [
     ("mhc", 4, 2048, (8193,), "bfloat16"),
     ("mhc", 4, 4096, (1023,), "bfloat16"),
     ("mhc", 4, 768, (2, 1025), "float32"),
+    ("mhc", 4, 768, (2, 1024), "bfloat16"),
+    ("single_pass", 4, 768, (4096,), "bfloat16"),
+    ("mhc_lite", 4, 2048, (512,), "bfloat16"),
+    ("mhc", 8, 512, (640,), "bfloat16"),
     ("mhc", 2, 2048, None, "bfloat16"),
     ("deepseek_v4", 4, 2048, None, "float32"),
     ("single_pass", 4, 2048, None, "bfloat16"),
@@ -249,7 +254,7 @@ def test_large_reads_and_writes(N, dtype, shared):
 
 
 def poisoned(call, short=None):
-    """`triton._call` whose outputs start as NaN, on a GPU too; the kernel named `short` runs for
+    """`triton.launch` whose outputs start as NaN, on a GPU too; the kernel named `short` runs for
     one token less."""
 
     def make(kernel, grid, outputs, *, name, aliases=None, **how):
@@ -273,9 +278,15 @@ def poisoned(call, short=None):
     return make
 
 
+def poison(patched, **options):
+    launch = poisoned(triton.launch, **options)
+    for module in (triton, projection):
+        patched.setattr(module, "launch", launch)
+
+
 @pytest.fixture
 def patched(monkeypatch, on_the_device):
-    """monkeypatch for `triton`; what is jitted keeps what it has traced, so it is forgotten."""
+    """monkeypatch for the kernels; what is jitted keeps what it has traced, so it is forgotten."""
     jax.clear_caches()
     yield monkeypatch
     jax.clear_caches()
@@ -291,15 +302,15 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("check", ["dynamic", "single pass", "static"])
+@pytest.mark.parametrize("check", CHECKS)
 def test_every_element_of_the_outputs_is_written(check, patched):
-    patched.setattr(triton, "_call", poisoned(triton._call))
+    poison(patched)
     CHECKS[check]()
 
 
 @pytest.mark.parametrize("kernel", ["mhc_read", "mhc_write", "mhc_write_backward"])
 def test_an_element_that_is_not_written_is_caught(kernel, patched):
-    patched.setattr(triton, "_call", poisoned(triton._call, short=kernel))
+    poison(patched, short=kernel)
     with pytest.raises(AssertionError, match="is off by nan"):
         CHECKS["read and write"]()
 
@@ -319,9 +330,9 @@ def two_gradients(name, N, D, lead, dtype):
     return found
 
 
-@pytest.mark.parametrize("name", ["kromhc", "single_pass", "mhc_n2"])
+@pytest.mark.parametrize("name", ["kromhc", "mhc_n2"])
 def test_two_runs_give_the_same_bits(name, on_the_device):
-    first, second = two_gradients(name, 2, 64, (150,), "bfloat16")
+    first, second = two_gradients(name, 2, 64, (40,), "float32")
     assert first == second
 
 
@@ -342,9 +353,8 @@ def test_a_cotangent_that_is_added_to_in_place_stays_what_it_was(name, on_the_de
         pull = jax.vjp(kernels.read_on, x, params["pre_logits"])[1]
         cotangents = (d, jnp.ones_like(u))
     else:
-        arguments = connections._on_kernels(spec, params, x)
-        f, parts, *arrays = arguments
-        out, pull = jax.vjp(partial(kernels.mix_and_read, f, parts), *arrays)
+        f, *arrays = connections._on_kernels(spec, params, x)
+        out, pull = jax.vjp(partial(kernels.mix_and_read, f), *arrays)
         cotangents = (d, *map(jnp.ones_like, out[1:]))
     before = np.array(d)
     first, second = pull(cotangents), pull(cotangents)
@@ -383,8 +393,8 @@ def dx_of_the_read_alone(read_backward):
 
 
 def dx_of_the_mix_alone(project_backward):
-    def wrong(x, w, dz, scale, pre, du, dx, blocks):
-        return project_backward(x, w, dz, scale, pre, du, jnp.zeros_like(dx), blocks)
+    def wrong(x, w, dz, scalars, du, dx, blocks):
+        return project_backward(x, w, dz, scalars, du, jnp.zeros_like(dx), blocks)
 
     return wrong
 
@@ -393,7 +403,7 @@ def half_of_the_tokens(project_backward):
     """In the gradient of the projection; dx is that of all."""
 
     def wrong(x, w, dz, *rest):
-        half = dz.at[:, dz.shape[1] // 2 :].set(0)
+        half = dz.at[len(dz) // 2 :].set(0)
         return project_backward(x, w, dz, *rest)[0], project_backward(x, w, half, *rest)[1]
 
     return wrong
@@ -401,35 +411,36 @@ def half_of_the_tokens(project_backward):
 
 def no_gradient_of_the_mean_square(coefficients_backward):
     def wrong(*given):
-        dz, scale, dbias = coefficients_backward(*given)
-        return dz, jnp.zeros_like(scale), dbias
+        dz, rows, dbias = coefficients_backward(*given)
+        return dz, rows.at[0].set(0), dbias
 
     return wrong
 
 
-def one_bfloat16_a_weight(parts):
-    return lambda *given: parts(*given).at[1:].set(0)
+def one_bfloat16_a_weight(weights):
+    def wrong(w, dtype):
+        found = weights(w, dtype)
+        return found.at[:, 3 * projection.columns_of(found) :].set(0)
+
+    return wrong
 
 
 FAULTS = [
-    ("write", transposed_res, "read and write", "streams"),
-    ("read_dots", no_gradient_of_pre, "mix and read", "d x"),
-    ("write_backward", no_cotangent_of_the_next_read, "single pass", "d x"),
-    ("read_backward", dx_of_the_read_alone, "static", "d x"),
-    ("project_backward", dx_of_the_mix_alone, "dynamic", "d x"),
-    ("project_backward", half_of_the_tokens, "mix and read", "d (gain|projection)"),
-    ("coefficients_backward", no_gradient_of_the_mean_square, "mix and read", "d x"),
-    ("parts", one_bfloat16_a_weight, "mix in bfloat16", "pre"),
+    (triton, "write", transposed_res, "read and write", "streams"),
+    (triton, "read_dots", no_gradient_of_pre, "mix and read", "d x"),
+    (triton, "write_backward", no_cotangent_of_the_next_read, "single pass", "d x"),
+    (triton, "read_backward", dx_of_the_read_alone, "static", "d x"),
+    (projection, "project_backward", dx_of_the_mix_alone, "dynamic", "d x"),
+    (projection, "project_backward", half_of_the_tokens, "mix and read", "d (gain|projection)"),
+    (projection, "coefficients_backward", no_gradient_of_the_mean_square, "mix and read", "d x"),
+    (projection, "weights", one_bfloat16_a_weight, "mix in bfloat16", "pre"),
 ]
 
 
-@pytest.mark.parametrize(("function", "fault", "check", "what"), FAULTS)
-def test_the_checks_catch(function, fault, check, what, patched):
-    patched.setattr(triton, function, fault(getattr(triton, function)))
+@pytest.mark.parametrize(
+    ("module", "function", "fault", "check", "what"), FAULTS, ids=[f[2].__name__ for f in FAULTS]
+)
+def test_the_checks_catch(module, function, fault, check, what, patched):
+    patched.setattr(module, function, fault(getattr(module, function)))
     with pytest.raises(AssertionError, match=f"^{what} is off by"):
         CHECKS[check]()
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_checks_pass_what_is_right(check, on_the_device):
-    CHECKS[check]()

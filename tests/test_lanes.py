@@ -20,16 +20,16 @@ TOKENS = 5
 TOLERANCE = {"newton_schulz": 1e-4}
 SUPPORTED = {
     "permutations": (1, 2, 3, 4),
-    "unconstrained": (1, 2, 3, 4, 5),
-    "sinkhorn": (1, 2, 3, 4, 5),
-    "kronecker": (2, 3, 4, 6, 8),
+    "unconstrained": (1, 4),
+    "sinkhorn": (1, 2, 3, 4),
+    "kronecker": (4, 6, 8),
     "newton_schulz": (2,),  # XLA for CPUs takes minutes over the three streams, written out
 }
-DEEPSEEK = presets.deepseek_v4().manifold
 CASES = [(MANIFOLDS[name], name, N) for name, counts in SUPPORTED.items() for N in counts]
-CASES += [(DEEPSEEK, "deepseek", 4), (presets.mhc_lite().manifold, "mhc_lite", 3)]
-CASES += [(mhc.Sinkhorn(iterations=k), f"sinkhorn {k}", 3) for k in (1, 2, 7)]
-CASES += [(mhc.Sinkhorn(domain="linear", clamp=True, eps=1e-12), "clamped", 3)]
+CASES += [(presets.deepseek_v4().manifold, "deepseek", 3)]
+CASES += [(presets.mhc_lite().manifold, "mhc_lite", 3)]
+CASES += [(mhc.Sinkhorn(iterations=7), "seven", 2)]
+CASES += [(mhc.Sinkhorn(domain="linear", clamp=True, eps=1e-12), "clamped", 2)]
 
 
 def plainly(f):
@@ -50,8 +50,8 @@ def agree(found, wanted, tolerance, what):
 
 def compare(f, plain, logits, tolerance=2e-6):
     """Values and gradients of the two functions of logits[T, J]."""
-    found, pull = jax.vjp(jax.jit(f), logits)
-    wanted, plain_pull = jax.vjp(jax.jit(plain), logits)
+    found, pull = jax.vjp(layers.compiled(f), logits)
+    wanted, plain_pull = jax.vjp(layers.compiled(plain), logits)
     d = jnp.asarray(np.random.default_rng(1).standard_normal(wanted.shape), jnp.float32)
     agree(found, wanted, tolerance, "values")
     agree(pull(d)[0], plain_pull(d)[0], tolerance, "gradients")
@@ -67,7 +67,7 @@ def test_a_manifold_on_lanes_is_itself(manifold, name, N):
     run = plainly(on_lanes(matrix, [(J,)]))
     tolerance = TOLERANCE.get(name, 2e-6)
     compare(run, lambda l: matrix(l).reshape(TOKENS, -1), draw(J), tolerance)
-    once = plainly(on_lanes(matrix, [(J,)], differentiable=False))
+    once = layers.compiled(plainly(on_lanes(matrix, [(J,)], differentiable=False)))
     agree(once(draw(J)), matrix(draw(J)).reshape(TOKENS, -1), tolerance, "values, no gradient")
 
 
@@ -97,7 +97,7 @@ def turned(steps):
     return f
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 4, 5, 6, 9, 10, 11, 20])
+@pytest.mark.parametrize("steps", [1, 4, 5, 6, 10, 11, 20])
 def test_loops(steps):
     assert SEGMENT == 5, "choose steps on both sides of the new segments' ends"
     compare(plainly(on_lanes(turned(steps), [(3,)])), turned(steps), draw(3))
@@ -126,12 +126,12 @@ def test_a_primitive_without_a_form_is_named(f):
         on_lanes(f, [(3,)])
 
 
-NOT_LINEAR, TOO_MANY, MANIFOLD = "not linear", "more than 32", "its manifold needs"
+NOT_LINEAR, MANIFOLD = "not linear", "its manifold needs"
 WITHOUT = {
     "hc": NOT_LINEAR,
     "lucidrains_mhc": NOT_LINEAR,
     "jpmhc": NOT_LINEAR,
-    "go_mhc": TOO_MANY,
+    "go_mhc": MANIFOLD,
     "ihc": MANIFOLD,
     "ohc": MANIFOLD,
     "shc": MANIFOLD,
@@ -157,15 +157,11 @@ def test_every_other_preset_has_kernels():
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_connection_without_kernels_says_so_once_and_takes_xla(name):
     """Read and write still have kernels: another order of the same sums, 2e-6."""
-    N = 4
-    spec, params, x, y, d = layers.draw(name, N, 64, (3,), "float32")
+    spec, params, x, y, _ = layers.draw(name, 4, 64, (3,), "float32")
     jax.clear_caches()  # of what is traced already, nothing is said
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        out, pull = jax.vjp(partial(layers.sublayer, spec), params, x, y)
-        found = out, pull(d)
+        (found,) = layers.sublayer(spec, params, x, y)
     texts = [str(w.message) for w in said if "implementation" in str(w.message)]
     assert len(texts) == 1 and WITHOUT[name] in texts[0] and "'xla'" in texts[0], texts
-    out, pull = jax.vjp(partial(layers.sublayer, spec, implementation="xla"), params, x, y)
-    for a, b in zip(*map(jax.tree.leaves, (found, (out, pull(d)))), strict=True):
-        agree(a, b, 2e-6, name)
+    agree(found, layers.sublayer(spec, params, x, y, "xla")[0], 2e-6, name)
