@@ -19,14 +19,14 @@ TOKENS = 5
 # errors by up to 3.4 a step, five times, forward and backward.
 TOLERANCE = {"newton_schulz": 1e-4}
 SUPPORTED = {
-    "permutations": (1, 2, 3, 4),
+    "permutations": (1, 3, 4),
     "unconstrained": (1, 4),
-    "sinkhorn": (1, 2, 3, 4),
+    "sinkhorn": (1, 3),
     "kronecker": (4, 6, 8),
-    "newton_schulz": (2,),  # XLA for CPUs takes minutes over the three streams, written out
+    "newton_schulz": (2, 3),
 }
 CASES = [(MANIFOLDS[name], name, N) for name, counts in SUPPORTED.items() for N in counts]
-CASES += [(presets.deepseek_v4().manifold, "deepseek", 3)]
+CASES += [(presets.deepseek_v4().manifold, "deepseek", 2)]
 CASES += [(presets.mhc_lite().manifold, "mhc_lite", 3)]
 CASES += [(mhc.Sinkhorn(iterations=7), "seven", 2)]
 CASES += [(mhc.Sinkhorn(domain="linear", clamp=True, eps=1e-12), "clamped", 2)]
@@ -48,13 +48,18 @@ def agree(found, wanted, tolerance, what):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * scale, err_msg=what)
 
 
-def compare(f, plain, logits, tolerance=2e-6):
+def compare(f, plain, logits, tolerance=2e-6, jitted=True):
     """Values and gradients of the two functions of logits[T, J]."""
-    found, pull = jax.vjp(layers.compiled(f), logits)
-    wanted, plain_pull = jax.vjp(layers.compiled(plain), logits)
-    d = jnp.asarray(np.random.default_rng(1).standard_normal(wanted.shape), jnp.float32)
-    agree(found, wanted, tolerance, "values")
-    agree(pull(d)[0], plain_pull(d)[0], tolerance, "gradients")
+    shape = jax.eval_shape(plain, logits).shape
+    d = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
+    wanted = layers.pulled(plain, (logits,), d)
+    if jitted:
+        found = layers.pulled(f, (logits,), d)
+    else:
+        out, pull = jax.vjp(f, logits)
+        found = out, pull(d)
+    agree(found[0], wanted[0], tolerance, "values")
+    agree(found[1][0], wanted[1][0], tolerance, "gradients")
 
 
 def draw(J):
@@ -66,8 +71,11 @@ def test_a_manifold_on_lanes_is_itself(manifold, name, N):
     J, matrix = manifold.num_logits(N), partial(reference(manifold).matrix, streams=N)
     run = plainly(on_lanes(matrix, [(J,)]))
     tolerance = TOLERANCE.get(name, 2e-6)
-    compare(run, lambda l: matrix(l).reshape(TOKENS, -1), draw(J), tolerance)
-    once = layers.compiled(plainly(on_lanes(matrix, [(J,)], differentiable=False)))
+    # XLA for CPUs fuses what has no loop, and takes minutes over Newton-Schulz written out.
+    jitted = name != "newton_schulz"
+    compare(run, lambda l: matrix(l).reshape(TOKENS, -1), draw(J), tolerance, jitted)
+    once = plainly(on_lanes(matrix, [(J,)], differentiable=False))
+    once = layers.compiled(once) if jitted else once
     agree(once(draw(J)), matrix(draw(J)).reshape(TOKENS, -1), tolerance, "values, no gradient")
 
 
