@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 __all__ = ["Unsupported", "on_lanes"]
 
@@ -154,7 +155,8 @@ def _one(eqn: Any, dtypes: list, entry: tuple) -> Any:
     if name in ("copy", "copy_p"):
         return entry[0]
     if all(map(_plain, entry)):
-        with jax.ensure_compile_time_eval():
+        # On no mesh: among the shards of one, JAX takes a plain number for a shard.
+        with jax.ensure_compile_time_eval(), use_abstract_mesh(AbstractMesh((), ())):
             typed = [jnp.asarray(e, d) for e, d in zip(entry, dtypes, strict=True)]
             return np.asarray(eqn.primitive.bind(*typed, **eqn.params)).item()
     if name == "mul":
