@@ -49,7 +49,6 @@ COLUMNS = {
     "both_floor": "x floor",
     "bandwidth": "TB/s",
     "peak_gb": "peak GB",
-    "saved_units": "saved D",
 }
 
 
@@ -110,15 +109,12 @@ def compiled(name: str, connection: str, implementation: str) -> dict[str, Any]:
         out, pull = jax.vjp(lambda *a: run(*a, *(() if spec.carried else (u,))), *given)
         return out, pull(cotangents)
 
-    saved = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(run, *a)[1]))(params, x, u).jaxpr
-    kept = {id(v): v.aval for v in saved.outvars}.values()  # what is saved twice counts once
     return {
         "params": params,
         "streams": N,
         "carried": spec.carried,
         "forward": jax.jit(run).lower(params, x, u).compile(),
         "both": jax.jit(both).lower(params, x, u, cotangents).compile(),
-        "saved": sum(a.size * a.dtype.itemsize for a in kept),
     }
 
 
@@ -145,7 +141,6 @@ def measure(name: str, made: dict[str, Any], speed: float) -> dict[str, Any]:
         "bandwidth": units(N)[1] * unit / both / 1e12,
         "floor_ms": [1e3 * f for f in floors],
         "peak_gb": peak / 1e9,
-        "saved_units": made["saved"] / unit,
         "streams": N,
         **shape._asdict(),
     }
@@ -164,37 +159,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time over bytes that must move, the copy's speed as the roof."""
+    """Bytes that must move over the time they took, the copy's speed as the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if "error" not in r]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    moved = [r["bandwidth"] * r["both_ms"] * 1e-3 for r in rows]  # terabytes
-    for how, marker in (("pallas", "o"), ("xla", "x")):
-        own = [(1e3 * m, r) for m, r in zip(moved, rows, strict=True) if r["implementation"] == how]
-        axes.scatter(
-            [m for m, _ in own], [r["both_ms"] for _, r in own], marker=marker, label=how, zorder=3
-        )
-        if how == "pallas":
-            for m, r in own:
-                label = f"{r['connection']} {r['shape']}"
-                axes.annotate(
-                    label, (m, r["both_ms"]), xytext=(5, -9), textcoords="offset points", fontsize=7
-                )
-    ends = [1e3 * min(moved), 1e3 * max(moved)]
+    rows = [r for r in rows if "error" not in r][::-1]
+    height = 1 + 0.28 * len(rows)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    colors = {"pallas": "tab:blue", "xla": "tab:orange", "reference": "tab:gray"}
+    for at, row in enumerate(rows):
+        axes.barh(at, row["bandwidth"], color=colors[row["implementation"]])
+        axes.text(row["bandwidth"], at, f" {row['both_ms']:.3f} ms", va="center", fontsize=8)
+    labels = [f"{r['connection']} {r['shape']} {r['implementation']}" for r in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     speed = rows[0]["bandwidth"] * rows[0]["both_floor"]
-    axes.plot(ends, [e / speed for e in ends], color="gray", label=f"a copy, {speed:.2f} TB/s")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="bytes that must move, GB",
-        ylabel="forward and backward, ms",
-    )
-    axes.set_title("One layer: the nearer to the line, the less is left to gain")
-    axes.legend()
+    axes.axvline(speed, color="black", linestyle="--", linewidth=1)
+    axes.text(speed, len(rows) - 0.4, f"copy {speed:.2f}", ha="center", fontsize=8)
+    axes.set(xlabel="bytes that must move / time, TB/s", xlim=(0, 1.15 * speed))
+    axes.set_title("One layer, forward and backward", pad=14)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
