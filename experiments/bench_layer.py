@@ -171,7 +171,8 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     colors = {"pallas": "tab:blue", "xla": "tab:orange", "reference": "tab:gray"}
     for at, row in enumerate(rows):
         axes.barh(at, row["bandwidth"], color=colors[row["implementation"]])
-        axes.text(row["bandwidth"], at, f" {row['both_ms']:.3f} ms", va="center", fontsize=8)
+        label = f" {row['both_ms']:.3f} ms, {row['both_floor']:.2f} x floor"
+        axes.text(0, at, label, va="center", fontsize=8, color="white")
     labels = [f"{r['connection']} {r['shape']} {r['implementation']}" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     speed = rows[0]["bandwidth"] * rows[0]["both_floor"]
