@@ -310,7 +310,8 @@ class GPT(nnx.Module):
         if u is not None and self.spec.exit == "last_pre":
             return rms_norm(u)
         params = {name: p[...] for name, p in self.exit.items()}
-        return rms_norm(ends.collapse(x, self.spec.exit, params))
+        how = self.config.connection.implementation
+        return rms_norm(ends.collapse(x, self.spec.exit, params, implementation=how))
 
     @property
     def head_spec(self) -> head.Head:
