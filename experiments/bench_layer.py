@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +49,6 @@ COLUMNS = {
     "both_floor": "x floor",
     "bandwidth": "TB/s",
     "peak_gb": "peak GB",
-    "saved_units": "saved D",
 }
 
 
@@ -90,18 +91,16 @@ def copy_speed(elements: int) -> float:
     return 8 * elements / seconds(jax.jit(lambda a: a + 1), a)
 
 
-def measure(name: str, connection: str, implementation: str, speed: float) -> dict[str, Any]:
-    """One row."""
+def compiled(name: str, connection: str, implementation: str) -> dict[str, Any]:
+    """One row's programs and arguments: forward, and forward and backward."""
     shape = LAYERS[name]
     spec = presets.named(connection)
     N, D = spec.streams, shape.width
     keys = jax.random.split(jax.random.key(0), 5)
     params = mhc.init(spec, width=D, layer=1, layers=4, key=keys[0])
-    draw = partial(jax.random.normal, dtype=shape.dtype)
-    x, u = draw(keys[1], (shape.tokens, N, D)), draw(keys[2], (shape.tokens, D))
-    cotangents: Any = draw(keys[3], x.shape)
-    if spec.carried:
-        cotangents = (cotangents, draw(keys[4], u.shape))
+    x = jax.ShapeDtypeStruct((shape.tokens, N, D), shape.dtype)
+    u = jax.ShapeDtypeStruct((shape.tokens, D), shape.dtype)
+    cotangents: Any = (x, u) if spec.carried else x
     run = partial(layer, spec, implementation)
 
     def both(params: dict, x: jax.Array, u: jax.Array, cotangents: Any) -> Any:
@@ -110,29 +109,38 @@ def measure(name: str, connection: str, implementation: str, speed: float) -> di
         out, pull = jax.vjp(lambda *a: run(*a, *(() if spec.carried else (u,))), *given)
         return out, pull(cotangents)
 
-    forward = jax.jit(run).lower(params, x, u).compile()
-    backward = jax.jit(both).lower(params, x, u, cotangents).compile()
-    saved = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(run, *a)[1]))(params, x, u).jaxpr
-    kept = {
-        id(v): v.aval for v in saved.outvars
-    }.values()  # an array that is saved twice counts once
-    times = seconds(forward, params, x, u), seconds(backward, params, x, u, cotangents)
-    unit = shape.tokens * D * x.dtype.itemsize
+    return {
+        "params": params,
+        "streams": N,
+        "carried": spec.carried,
+        "forward": jax.jit(run).lower(params, x, u).compile(),
+        "both": jax.jit(both).lower(params, x, u, cotangents).compile(),
+    }
+
+
+def measure(name: str, made: dict[str, Any], speed: float) -> dict[str, Any]:
+    """One row's figures."""
+    shape, N, params = LAYERS[name], made["streams"], made["params"]
+    keys = jax.random.split(jax.random.key(1), 4)
+    draw = partial(jax.random.normal, dtype=shape.dtype)
+    x, u = draw(keys[0], (shape.tokens, N, shape.width)), draw(keys[1], (shape.tokens, shape.width))
+    cotangents: Any = draw(keys[2], x.shape)
+    if made["carried"]:
+        cotangents = (cotangents, draw(keys[3], u.shape))
+    forward = seconds(made["forward"], params, x, u)
+    both = seconds(made["both"], params, x, u, cotangents)
+    unit = shape.tokens * shape.width * x.dtype.itemsize
     floors = [count * unit / speed for count in units(N)]
-    memory = backward.memory_analysis()
+    memory = made["both"].memory_analysis()
     peak = getattr(memory, "peak_memory_in_bytes", 0) if memory else 0
     return {
-        "shape": name,
-        "connection": connection,
-        "implementation": implementation,
-        "forward_ms": 1e3 * times[0],
-        "forward_floor": times[0] / floors[0],
-        "both_ms": 1e3 * times[1],
-        "both_floor": times[1] / floors[1],
-        "bandwidth": units(N)[1] * unit / times[1] / 1e12,
+        "forward_ms": 1e3 * forward,
+        "forward_floor": forward / floors[0],
+        "both_ms": 1e3 * both,
+        "both_floor": both / floors[1],
+        "bandwidth": units(N)[1] * unit / both / 1e12,
         "floor_ms": [1e3 * f for f in floors],
         "peak_gb": peak / 1e9,
-        "saved_units": sum(a.size * a.dtype.itemsize for a in kept) / unit,
         "streams": N,
         **shape._asdict(),
     }
@@ -151,37 +159,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time over bytes that must move, the copy's speed as the roof."""
+    """Bytes that must move over the time they took, the copy's speed as the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if "error" not in r]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    moved = [r["bandwidth"] * r["both_ms"] * 1e-3 for r in rows]  # terabytes
-    for how, marker in (("pallas", "o"), ("xla", "x")):
-        own = [(1e3 * m, r) for m, r in zip(moved, rows, strict=True) if r["implementation"] == how]
-        axes.scatter(
-            [m for m, _ in own], [r["both_ms"] for _, r in own], marker=marker, label=how, zorder=3
-        )
-        if how == "pallas":
-            for m, r in own:
-                label = f"{r['connection']} {r['shape']}"
-                axes.annotate(
-                    label, (m, r["both_ms"]), xytext=(5, -9), textcoords="offset points", fontsize=7
-                )
-    ends = [1e3 * min(moved), 1e3 * max(moved)]
+    rows = [r for r in rows if "error" not in r][::-1]
+    height = 1 + 0.28 * len(rows)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    colors = {"pallas": "tab:blue", "xla": "tab:orange", "reference": "tab:gray"}
+    for at, row in enumerate(rows):
+        axes.barh(at, row["bandwidth"], color=colors[row["implementation"]])
+        label = f" {row['both_ms']:.3f} ms, {row['both_floor']:.2f} x floor"
+        axes.text(0, at, label, va="center", fontsize=8, color="white")
+    labels = [f"{r['connection']} {r['shape']} {r['implementation']}" for r in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     speed = rows[0]["bandwidth"] * rows[0]["both_floor"]
-    axes.plot(ends, [e / speed for e in ends], color="gray", label=f"a copy, {speed:.2f} TB/s")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="bytes that must move, GB",
-        ylabel="forward and backward, ms",
-    )
-    axes.set_title("One layer: the nearer to the line, the less is left to gain")
-    axes.legend()
+    axes.axvline(speed, color="black", linestyle="--", linewidth=1)
+    axes.text(speed, len(rows) - 0.4, f"copy {speed:.2f}", ha="center", fontsize=8)
+    axes.set(xlabel="bytes that must move / time, TB/s", xlim=(0, 1.15 * speed))
+    axes.set_title("One layer, forward and backward", pad=14)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -196,19 +194,26 @@ def main(args: argparse.Namespace) -> int:
     speed = copy_speed(1 << (28 if jax.default_backend() == "gpu" else 24))
     device = jax.devices()[0].device_kind
     print(f"{device}: a copy moves {speed / 1e12:.3f} TB/s", flush=True)
+    asked = [
+        (name, connection, how)
+        for name in args.shapes
+        for connection in args.connections
+        for how in args.implementations
+    ]
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.shapes:
-        for connection in args.connections:
-            for implementation in args.implementations:
-                named = {"shape": name, "connection": connection, "implementation": implementation}
-                try:
-                    rows.append(measure(name, connection, implementation, speed))
-                except jax.errors.JaxRuntimeError as error:  # out of memory, say
-                    rows.append({**named, "error": str(error).splitlines()[0][:200]})
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-                found = {"device": device, "copy": speed, "versions": runlog.versions()}
-                runlog.write_atomic(args.out, json.dumps({**found, "rows": rows}, indent=1) + "\n")
+    # Compiling takes longer than measuring, and does not disturb it: all of it comes first.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = list(pool.map(lambda row: compiled(*row), asked))
+    for row, made in zip(asked, programs, strict=True):
+        named = dict(zip(("shape", "connection", "implementation"), row, strict=True))
+        try:
+            rows.append({**named, **measure(row[0], made, speed)})
+        except jax.errors.JaxRuntimeError as error:  # out of memory, say
+            rows.append({**named, "error": str(error).splitlines()[0][:200]})
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        found = {"device": device, "copy": speed, "versions": runlog.versions()}
+        runlog.write_atomic(args.out, json.dumps({**found, "rows": rows}, indent=1) + "\n")
     print("\n" + table(rows))
     picture(rows, args.out.with_suffix(".png"))
     print(f"\nwritten: {args.out}, {args.out.with_suffix('.png')}")

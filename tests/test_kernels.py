@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mhcjax as mhc
 from mhcjax import connections, kernels
 from mhcjax.kernels import projection, triton
 from tests import layers, oracle, oracle_layer, oracle_presets
@@ -444,3 +445,31 @@ def test_the_checks_catch(module, function, fault, check, what, patched):
     patched.setattr(module, function, fault(getattr(module, function)))
     with pytest.raises(AssertionError, match=f"^{what} is off by"):
         CHECKS[check]()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_learned_head(dtype):
+    """The exit through the kernels against float64, where collapse takes XLA: values, gradients."""
+    T, N, D = 37, 4, 128
+    rng = np.random.default_rng(0)
+    drawn = {
+        "x": rng.normal(size=(T, N, D)),
+        "projection": rng.normal(size=(N * D, N)) / 20,
+        "scale": np.asarray(1.3),
+        "bias": rng.normal(size=N),
+    }
+    x = jnp.asarray(drawn["x"], dtype)
+    du = jnp.asarray(rng.normal(size=(T, D)), dtype)
+
+    def both(x, du, wide, implementation):
+        params = {name: jnp.asarray(drawn[name], wide) for name in ("projection", "scale", "bias")}
+        collapse = partial(mhc.collapse, implementation=implementation)
+        u, pull = jax.vjp(lambda x, p: collapse(x, mhc.LearnedHead(), p), x, params)
+        return [u, *jax.tree.leaves(pull(du))]
+
+    found = both(x, du, jnp.float32, "pallas")
+    with jax.enable_x64(True):
+        wanted = both(x.astype(jnp.float64), du.astype(jnp.float64), jnp.float64, None)
+    for a, b in zip(found, wanted, strict=True):
+        off = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+        assert off <= layers.LIMITS[dtype]

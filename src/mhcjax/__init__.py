@@ -1,7 +1,8 @@
 """mhcjax: hyper-connections for JAX. The pure core is re-exported here.
 
-    manifolds      logits -> res matrix                 kernels      raw read and write
-    coefficients   where logits come from               connections  Connection, mix, read, write
+    manifolds      logits -> res matrix                 kernels      fused read, write, coefficients
+    coefficients   where logits come from               spec         Connection, init
+    connections    mix, read, write, connect
     ends, rules    expand, collapse; the other rule     presets      named points of the family
     converters     others' weights, in and out          diagnostics  marginals, gains, cosines
     testing        conformance suite for manifolds
@@ -12,7 +13,8 @@
     tokens, data   text -> shards -> batches            optim        optimizer, schedule, groups
     train, loop    the step; fit(config, folder)        checkpoint   save, restore, strict
     runlog, runs   a run's folder: write it, open it    plots        the pictures of a run
-    audit          diagnose, inspect, info
+    costs, plan    a mesh on paper                      audit        diagnose, inspect, info
+    processes      one run in several processes         cluster      who they are, who is gone
 
 Axis key: B batch, T position, S cached position, D width, N source stream, M destination stream,
 E = N * D flattened, J mixing logits, H head, K head size, F hidden, V vocabulary, L layer,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mhcjax import diagnostics, ends, gpt, optim, sample, sharding, train
+from mhcjax import connections, diagnostics, ends, gpt, optim, sample, sharding, train
 from mhcjax.coefficients import Dynamic, Fixed
 from mhcjax.config import Config, override
 from mhcjax.diagnostics import dead_leaves
@@ -86,7 +86,7 @@ def info(config: Config, *, compiled: Any = None, device: str | None = None) -> 
     >>> rows["parameters"] == sum(rows["parameters by group"].values())
     True
     """
-    params = gpt.abstract_params(config.model)
+    spec, params = gpt.connection_of(config.model), gpt.abstract_params(config.model)
     groups = optim.labels(params)
     by_group = dict.fromkeys(optim.GROUPS, 0)
     for group, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(params), strict=True):
@@ -98,7 +98,10 @@ def info(config: Config, *, compiled: Any = None, device: str | None = None) -> 
     stored = params["embedding"].shape[0]
     rows: dict[str, Any] = {
         "model": model_name(config),
-        "connection": str(gpt.connection_of(config.model)),
+        "connection": str(spec),
+        "mixing runs on": connections.implementation_of(
+            spec, config.model.width, config.model.dtype, config.model.connection.implementation
+        ),
         "parameters": gpt.count(params),
         "parameters by group": {name: n for name, n in by_group.items() if n},
         "vocabulary": config.model.vocab,

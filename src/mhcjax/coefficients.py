@@ -306,7 +306,8 @@ def of_products(
     """Logits of pre, post and res of one token, of `z[C] = x @ w` and `mean(x^2)`.
 
     >>> sizes = Sizes(1, 1, 0, ())
-    >>> of_products(Dynamic(), sizes, 4, jnp.ones(2), jnp.asarray(0.25), jnp.zeros(2))[0].tolist()
-    [1.9999960660934448]
+    >>> z, mean_square = jnp.ones(2), jnp.asarray(0.25)
+    >>> of_products(Dynamic(), sizes, 4, z, mean_square, jnp.zeros(2))[0].round(3).tolist()
+    [2.0]
     """
     return _split(z * c.norm.of(mean_square, inputs) + bias, sizes)

@@ -83,6 +83,9 @@ class ModelConfig:
     )
     walk: Literal["loop", "scan"] = _option("loop", "how the stacked blocks are walked")
     remat: bool = _option(False, "recompute each block in the backward pass")
+    remat_streams: bool = _option(
+        False, "recompute the streams alone, in groups of blocks; keep what the branches made"
+    )
     loss: Literal["chunked", "plain"] = _option(
         "chunked", "gradients of the head in the forward pass, or autodiff"
     )

@@ -33,6 +33,7 @@ __all__ = [
     "connect_carried",
     "connect_single_pass",
     "first_pre",
+    "implementation_of",
     "mix",
     "mix_and_read",
     "operand",
@@ -162,9 +163,7 @@ def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...
     return _OfProducts(spec, spec.streams * x.shape[-1]), x, w, bias
 
 
-def _implementation(
-    implementation: str | None, spec: Connection, ready: Params, x: jax.Array
-) -> str:
+def _implementation(implementation: str | None, spec: Connection, ready: Any, x: Any) -> str:
     """What runs: "pallas" on a GPU where coefficients depend on the token and the kernels take the
     arrays. With shared ones XLA fuses read and write into their neighbours, which is faster."""
     check_choice("implementation", implementation, IMPLEMENTATIONS)
@@ -278,6 +277,25 @@ def _mixed_by(implementation: str | None, x: jax.Array, mix: Mix) -> str:
         return implementation
     reason = kernels.unfit(x, mix.pre, mix.post, mix.res)
     return kernels.choose(implementation, reason, preferred=mix.pre.ndim > 1)
+
+
+def implementation_of(
+    spec: Connection, width: int, dtype: Any, implementation: str | None = None
+) -> str:
+    """What `connect` runs on this backend for streams of that width and dtype, one token or more:
+    "pallas", "xla" or "reference".
+
+    >>> implementation_of(Connection(), 64, jnp.float32, "reference")
+    'reference'
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if isinstance(spec.coefficients, Fixed):
+        return implementation if implementation == "reference" else "xla"
+    x = jax.ShapeDtypeStruct((1, spec.streams, width), dtype)
+    shapes = spec.shapes(width)
+    wide = jnp.promote_types(jnp.float32, dtype)
+    ready = {name: jax.ShapeDtypeStruct(shape, wide) for name, shape in shapes.items()}
+    return _implementation(implementation, spec, ready, x)
 
 
 def mix_and_read(

@@ -111,6 +111,8 @@ class Sizes:
     @property
     def recomputed(self) -> bool:
         """Is each block's forward pass made once more?"""
+        if self.config.model.remat_streams:
+            raise ValueError("model.remat_streams has no plan yet: use model.remat, or neither")
         remat = self.config.model.remat
         if remat in (True, "full"):
             return True

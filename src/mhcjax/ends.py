@@ -6,6 +6,7 @@ Axis key: N stream, D width, E = N*D flattened. Leading axes are free.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -74,16 +75,35 @@ def expand(
     return (wide + weight if name == "embedding" else wide * weight).astype(u.dtype)
 
 
-@partial(jax.jit, static_argnames=("how",))
+@dataclass(frozen=True)
+class _HeadOfProducts:
+    """The weights of one token at the learned head, of the products that a kernel makes."""
+
+    head: LearnedHead
+    inputs: int
+
+    def __call__(
+        self, z: jax.Array, mean_square: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        factor = Norm(eps=self.head.norm_eps).of(mean_square, self.inputs)
+        return (jax.nn.sigmoid(z * factor + bias) + self.head.eps,)
+
+
+@partial(jax.jit, static_argnames=("how", "implementation"))
 def collapse(
-    x: jax.Array, how: str | LearnedHead = "mean", params: Params | None = None
+    x: jax.Array,
+    how: str | LearnedHead = "mean",
+    params: Params | None = None,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Exit: x[..., N, D] -> u[..., D].
 
     "mean" (nanochat-rs) or "sum" (HC, mHC) over the streams; "attention_pool":
     `sum_n softmax_n(x W)_n x_n` channel by channel (lucidrains); "last_pre": `sum_n pre_n x_n` with
     `params={"pre": pre}`, the one that the last sublayer made (DeepSeek-V4.1); `LearnedHead`:
-    `w = sigmoid(scale * norm(x) @ projection + bias) + eps`, `sum_n w_n x_n` (DeepSeek-V4).
+    `w = sigmoid(scale * norm(x) @ projection + bias) + eps`, `sum_n w_n x_n` (DeepSeek-V4), which
+    `implementation` runs as it does in `connect`.
 
     >>> x = jnp.array([[1.0], [3.0]])
     >>> collapse(x).tolist(), collapse(x, "sum").tolist()
@@ -95,6 +115,10 @@ def collapse(
         given = {name: _given("learned_head", params, name) for name in names}
         wide = jnp.result_type(wide, *(p.dtype for p in given.values()))
         own = {name: p.astype(wide) for name, p in given.items()}
+        reason = kernels.unfit(x, own["bias"])
+        if kernels.choose(implementation, reason, preferred=True) == "pallas":
+            f = _HeadOfProducts(how, x.shape[-2] * x.shape[-1])
+            return kernels.mix_and_read(f, x, own["scale"] * own["projection"], own["bias"])[1]
         flat = x.astype(wide).reshape(*x.shape[:-2], -1)
         z = project(Norm(eps=how.norm_eps, after=True), flat, own, how.precision)
         return kernels.read(x, jax.nn.sigmoid(own["scale"] * z + own["bias"]) + how.eps)

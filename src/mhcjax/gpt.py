@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mhcjax import connections, ends, head, layers, presets, sharding
 from mhcjax.config import ModelConfig, check_ranges
@@ -52,6 +53,12 @@ AXES = {
     "down": "LFD",
     "projection": "LEC",
 }
+
+# What is kept where streams alone are made again: the branches' products and outputs.
+_BRANCHES = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("branch"),
+)
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
 SUBLAYERS = ("attention", "mlp")  # of one block, in order: sublayer 2b and 2b + 1
@@ -115,7 +122,7 @@ class Attention(nnx.Module):
         base, norm = self.config.rope_base, self.config.qk_norm
         q, k = layers.rope(q, positions_BT, base, norm), layers.rope(k, positions_BT, base, norm)
         if cache is None:
-            y = layers.attend(q, k, v, is_causal=True)
+            y = checkpoint_name(layers.attend(q, k, v, is_causal=True), "branch")
         else:
             rows = jnp.arange(q.shape[0])[:, None]
             cache = Cache(
@@ -264,10 +271,25 @@ class GPT(nnx.Module):
 
         if self.config.remat:
             run = jax.checkpoint(run)
+        elif self.config.remat_streams and self.config.walk == "scan":
+            run = jax.checkpoint(run, policy=_BRANCHES)
         x, u = self._enter(tokens_BT)
         if self.config.walk == "loop":
-            for layer, params in enumerate(_unstack(stacked, self.config.layers)):
-                x, u, cache = run(params, layer, x, u, cache)
+            blocks = list(enumerate(_unstack(stacked, self.config.layers)))
+            size = self._group if self.config.remat_streams else len(blocks)
+            for first in range(0, len(blocks), size):
+                group = blocks[first : first + size]
+
+                def several(
+                    params: list, x: jax.Array, u: Any, cache: Cache | None, first: int = first
+                ) -> tuple:
+                    for layer, own in enumerate(params, first):
+                        x, u, cache = run(own, layer, x, u, cache)
+                    return x, u, cache
+
+                if self.config.remat_streams:
+                    several = jax.checkpoint(several, policy=_BRANCHES)
+                x, u, cache = several([own for _, own in group], x, u, cache)
         else:
 
             def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
@@ -277,11 +299,19 @@ class GPT(nnx.Module):
             (x, u, cache), _ = jax.lax.scan(step, (x, u, cache), (stacked, layers))
         return self._leave(x, u), cache
 
+    @property
+    def _group(self) -> int:
+        """Blocks between two streams that are kept: sqrt(N L / (N + 2)) of the L sublayers, where
+        the streams kept and those made again at once take the same memory."""
+        sublayers, N = 2 * self.config.layers, self.spec.streams
+        return max(1, round(math.sqrt(N * sublayers / (N + 2)) / 2))
+
     def _leave(self, x: jax.Array, u: jax.Array | None) -> jax.Array:
         if u is not None and self.spec.exit == "last_pre":
             return rms_norm(u)
         params = {name: p[...] for name, p in self.exit.items()}
-        return rms_norm(ends.collapse(x, self.spec.exit, params))
+        how = self.config.connection.implementation
+        return rms_norm(ends.collapse(x, self.spec.exit, params, implementation=how))
 
     @property
     def head_spec(self) -> head.Head:

@@ -34,6 +34,7 @@ MUTABLE = (
     "mesh.shard_params",
     "model.walk",
     "model.remat",
+    "model.remat_streams",
     "model.loss",
     "model.connection.implementation",
 )

@@ -39,7 +39,16 @@ class Blocks:
 # of width 768, N = 4, bfloat16.
 BLOCKS = {
     "NVIDIA H200": (
-        (1024, Blocks(split=1, step_mosaic=64, split_backward_mosaic=8, stages_backward_mosaic=3)),
+        (
+            1024,
+            Blocks(
+                split=1,
+                split_mosaic=1,
+                step_mosaic=64,
+                split_backward_mosaic=8,
+                stages_backward_mosaic=3,
+            ),
+        ),
         (1 << 30, Blocks()),
     )
 }

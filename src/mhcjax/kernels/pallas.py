@@ -269,16 +269,16 @@ write_and_read.defvjp(_write_and_read_forward, _write_and_read_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix_and_read(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
-    """(x, u, pre[..., N], post[..., N], res[..., N, N]) of x[..., N, D], w[E, C] and bias[C].
+    """(x, u, *coefficients) of x[..., N, D], w[E, C] and bias[C].
 
-    `f(x @ w, mean(x^2), bias)`, of one token, gives (pre, post, res); `u = sum_n pre[n] x[n]`. x is
-    passed on as `read` does."""
+    The coefficients, pre[..., N] first, are what `f(x @ w, mean(x^2), bias)` gives of one token;
+    `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
     return _mixed(f, True, x, w, bias)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
-    """(x, pre, post, res): `mix_and_read` without the read."""
+    """(x, *coefficients): `mix_and_read` without the read."""
     return _mixed(f, False, x, w, bias)[0]
 
 
@@ -287,21 +287,21 @@ def _mixed(
     f: Callable, reads: bool, x: jax.Array, w: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
     N, D = x.shape[-2:]
-    sizes = tuple(math.prod(o.shape) for o in _outputs(f, bias))
+    shapes = [o.shape for o in _outputs(f, bias)]
+    sizes = tuple(map(math.prod, shapes))
 
     def local(x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple:
         lead, blocks, flat = x.shape[:-2], blocks_for(x), x.reshape(-1, N * D)
         how = mosaic if mosaic.fits(flat, projection.columns_of(w)) else projection
         z, square = how.project(flat, w, blocks)
         found = projection.coefficients(f, sizes, z, square, bias, N * D, blocks)
-        z, mean, pre, post, res = found
-        u = (triton.read(_flat(x, 2), pre, blocks).reshape(*lead, D),) if reads else ()
-        vectors = [v.reshape(*lead, N) for v in (pre, post)]
-        kept = z.reshape(-1, *lead), mean.reshape(lead)
-        return (*u, *vectors, res.reshape(*lead, N, N), *kept)
+        z, mean, *own = found
+        u = (triton.read(_flat(x, 2), own[0], blocks).reshape(*lead, D),) if reads else ()
+        coefficients = [a.reshape(*lead, *shape) for a, shape in zip(own, shapes, strict=True)]
+        return (*u, *coefficients, z.reshape(-1, *lead), mean.reshape(lead))
 
     packed = projection.weights(w, x.dtype)
-    outputs = [TOKENS] * (3 + reads) + [LAST, TOKENS]
+    outputs = [TOKENS] * (len(shapes) + reads) + [LAST, TOKENS]
     found = _on_shards(local, x.shape[:-2], (TOKENS, WHOLE, WHOLE), outputs)(x, packed, bias)
     *results, z, mean = found
     return (x, *results), (x, packed, bias, z, mean)
@@ -328,14 +328,11 @@ def _mixed_cotangents(
         z: jax.Array,
         mean: jax.Array,
         dx: jax.Array,
-        dpre: jax.Array,
-        dpost: jax.Array,
-        dres: jax.Array,
-        *reads: jax.Array,
+        *more: jax.Array,
     ) -> tuple:
         blocks, flat = blocks_for(x), x.reshape(-1, N * D)
-        given = [[_flat(dpre, 1)], [_flat(dpost, 1)], [_of(dres)]]
-        du = _flat(reads[0], 1) if reads else None
+        given = [[a.reshape(flat.shape[0], -1)] for a in more[: len(dmix)]]
+        du = _flat(more[-1], 1) if reads else None
         if du is not None:
             given[0].append(triton.read_dots(_flat(x, 2), du, blocks))
         dz, scalars, dbias = projection.coefficients_backward(
@@ -347,7 +344,7 @@ def _mixed_cotangents(
         return found.reshape(x.shape), dw, dbias
 
     reads = () if du is None else (du,)
-    inputs = (TOKENS, WHOLE, WHOLE, LAST, *[TOKENS] * (5 + len(reads)))
+    inputs = (TOKENS, WHOLE, WHOLE, LAST, *[TOKENS] * (2 + len(dmix) + len(reads)))
     dx, dw, dbias = _on_shards(local, x.shape[:-2], inputs, (TOKENS, SUMS, SUMS))(
         x, packed, bias, z, mean, dx, *dmix, *reads
     )

@@ -28,6 +28,7 @@ def launch(
     name: str,
     aliases: dict[int, int] | None = None,
 ) -> Callable:
+    """`pl.pallas_call` through Triton, interpreted on a CPU."""
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -41,6 +42,7 @@ def launch(
 
 
 def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an output."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -75,6 +77,7 @@ def _row(ref: Any, t: Any) -> list:
 
 
 def added(terms: list) -> jax.Array:
+    """The terms, added from the left."""
     return sum(terms[1:], terms[0])
 
 
