@@ -147,8 +147,8 @@ def project_backward(
 
             def products(acc: Any) -> jax.Array:
                 # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
-                plgpu.wgmma(acc, dz_s, plgpu.transpose_ref(w_smem, (1, 0)))
-                plgpu.wgmma(dw_acc, plgpu.transpose_ref(x_s, (1, 0)), dz_s)
+                plgpu.wgmma(acc, dz_s, w_smem.transpose((1, 0)))
+                plgpu.wgmma(dw_acc, x_s.transpose((1, 0)), dz_s)
                 return acc[...]
 
             def load(ref: Any) -> jax.Array:
