@@ -217,8 +217,14 @@ def test_info_of_a_mesh(capsys):
         (["--mesh", "8"], "--mesh 8: write it as data=64,model=8"),
         (["--mesh", "data=0"], "--mesh data=0: write it as data=64,model=8"),
         (["--mesh", "data=8,pipe=2"], "--mesh data=8,pipe=2: write it as data=64,model=8"),
-        (["--mesh", "data=3"], "data.batch 16 does not divide by mesh.data 3"),
-        (["--mesh", "model=3"], "model.heads 4 does not divide by mesh.model 3"),
+        (
+            ["--mesh", "data=3"],
+            "data.batch, 16, does not divide by mesh.data 3: give mesh.data one of [1, 2]",
+        ),
+        (
+            ["--mesh", "model=3"],
+            "model.heads, 4, does not divide by mesh.model 3: give mesh.model one of [1, 2]",
+        ),
         (["--mesh", "data=2", "--device", "abacus"], "'abacus' fits 0 known kinds"),
     ],
 )

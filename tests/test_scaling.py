@@ -177,7 +177,7 @@ def test_time_that_is_up_and_a_call_that_goes_on(monkeypatch, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--devices", 4, "--host-devices", 2], "--devices 4: 2 are here"),
-        (["--devices", 3, "--kinds", "strong"], "data.batch 8 does not divide by mesh.data 3"),
+        (["--devices", 3, "--kinds", "strong"], "data.batch, 8, does not divide by mesh.data 3"),
         (["--shapes", "huge"], "unknown shape 'huge'"),
     ],
 )
