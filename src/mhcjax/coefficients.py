@@ -133,8 +133,9 @@ class Dynamic(Brief):
     - `scales`: which columns share a learned factor: "pre", "post", "res", joined by "+"; empty:
       none. "res_parts": one factor for each part of res that the manifold names.
     - `frozen`: those of `scales` that keep their initial value (oHC: `("res",)`).
-    - `tanh`: the act is tanh. `precision`: of the projection, as in `jax.lax.Precision`; its
-      inputs are in at least float32.
+    - `tanh`: the act is tanh. `precision`: of the projection on XLA, as in `jax.lax.Precision`; its
+      inputs are in at least float32. The kernels have one: float32 streams in full, bfloat16
+      streams with weights to 2^-17.
 
     Never from other positions: what pools over the sequence leaks the future.
     """

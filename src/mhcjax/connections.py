@@ -427,10 +427,10 @@ def _passed_mix(
 ) -> tuple[jax.Array, Mix]:
     """(x, mix), as `_passed`."""
     ready = _ready(spec, params, x)
-    if ready is not None and isinstance(spec.coefficients, Dynamic):  # noqa: SIM102
-        if _implementation(implementation, spec, ready, x) == "pallas":
-            x, *m = kernels.mix(*_on_kernels(spec, ready, x))
-            return x, Mix(*m)
+    dynamic = ready is not None and isinstance(spec.coefficients, Dynamic)
+    if dynamic and _implementation(implementation, spec, ready, x) == "pallas":
+        x, *m = kernels.mix(*_on_kernels(spec, cast(Params, ready), x))
+        return x, Mix(*m)
     return x, mix(spec, params, x, implementation=implementation)
 
 

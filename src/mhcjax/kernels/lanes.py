@@ -24,6 +24,7 @@ __all__ = ["Unsupported", "on_lanes"]
 
 SEGMENT = 5  # steps of a loop between two carries that its backward pass keeps in registers
 
+# Words, not 40 quoted strings.
 ELEMENTWISE = frozenset(
     """
     abs add and convert_element_type copy copy_p cos div eq exp exp2 ge gt integer_pow is_finite le

@@ -99,6 +99,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((split, T, C), WIDE),
             jax.ShapeDtypeStruct((split, T), WIDE),
         ),
+        # JAX takes accumulators here; its type of scratch does not name them.
         scratch_types=[
             plgpu.SMEM((TOKENS, C), WIDE),
             plgpu.SMEM((TOKENS,), WIDE),
@@ -191,6 +192,7 @@ def project_backward(
     call = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct((T, E), x.dtype), jax.ShapeDtypeStruct((split, E, C), WIDE)),
+        # JAX takes accumulators here; its type of scratch does not name them.
         scratch_types=[
             plgpu.SMEM((step, 2 * C), x.dtype, transforms=_swizzled()),
             plgpu.SMEM((step, C), WIDE),
