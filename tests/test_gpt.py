@@ -440,8 +440,9 @@ def test_scan_equals_loop_and_remat_changes_nothing(build):
     """The same operations in other programs, fused in another way: rounding only, 1e-6."""
     tokens = random_tokens(2, 24, SMALL.vocab)
     reference = None
-    for walk, remat in itertools.product(("loop", "scan"), (False, True)):
-        graphdef, params = build(replace(SMALL, walk=walk, remat=remat), Connection())
+    kinds = ({}, {"remat": True}, {"remat_streams": True})
+    for walk, remat in itertools.product(("loop", "scan"), kinds):
+        graphdef, params = build(replace(SMALL, walk=walk, **remat), Connection())
         params = redraw(params)
         loss, gradients = loss_and_gradients(graphdef, params, tokens)
         found = (forward(graphdef, params, tokens), loss, *jax.tree.leaves(gradients))
