@@ -613,6 +613,14 @@ def scale(args: argparse.Namespace) -> int:
     return 1 if left or any(line.startswith("FAIL") for line in verdicts) else 0
 
 
+def places(count: int) -> list[dict[str, str]]:
+    """The environments of so many processes, each with one device of this machine to itself."""
+    platform, there = _there(max(1, count))
+    if not 1 <= count <= there:
+        raise ValueError(f"--jobs {count}: {there} devices are here; give 1 to {there}")
+    return [_environment(index, 1, platform) for index in range(count)]
+
+
 def _there(host_devices: int) -> tuple[str, int]:
     """Platform and count, asked of another process: this one is not to hold the devices."""
     code = "import jax; print(jax.default_backend(), jax.local_device_count())"
