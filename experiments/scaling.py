@@ -66,14 +66,14 @@ def candidates(config: Config, gpus: int, tokens: int) -> Iterator[Config]:
         rows = max(1, tokens // config.data.length // data)
         for micro in (1 << k for k in range(rows.bit_length())):
             for shard in (False, True) if data > 1 else (False,):
-                for remat in (False, True):
+                for again in ({}, {"model.remat": True}, {"model.remat_streams": True}):
                     yield override(
                         config,
                         {
                             "mesh.data": data,
                             "mesh.model": model,
                             "mesh.shard_params": shard,
-                            "model.remat": remat,
+                            **again,
                             "data.batch": data * rows // micro,
                             "data.micro_batches": micro,
                         },
@@ -97,11 +97,11 @@ def limit(choice: Choice) -> str:
     named = {
         "sums over model": took.model,
         "gradients over data": took.data,
-        "passes over the streams": took.passes,
+        "passes over the streams": took.streams,
+        "other passes": took.passes,
         "recomputing": took.matmul / 4 if choice.config.model.remat else 0.0,
         "gaps between kernels": took.gaps,
         "attention": took.attention,
-        "the float32 projection": took.projection,
     }
     return max(named, key=lambda name: named[name])
 
@@ -110,6 +110,7 @@ def _mesh(config: Config) -> str:
     words = [f"{config.mesh.data} x {config.mesh.model}"]
     words += ["sharded"] if config.mesh.shard_params else []
     words += ["remat"] if config.model.remat else []
+    words += ["streams again"] if config.model.remat_streams else []
     return ", ".join(words)
 
 
