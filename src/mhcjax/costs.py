@@ -304,7 +304,9 @@ def memory(config: Config) -> Memory:
     again *= z.tokens
     optimizer = local_bytes(z.state) - parameters
     sums = whole * size if z.micro > 1 else 0  # held all along
-    moment = max(activations + max(logits, again), gradients - sums + z.tokens * block)
+    # What the first block is made of, or the first group made again, beside all gradients.
+    first = activations // z.groups + again if z.recomputed == "streams" else z.tokens * block
+    moment = max(activations + max(logits, again), gradients - sums + first)
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
@@ -348,7 +350,8 @@ def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
     """Bytes per token: what the forward pass keeps of all blocks, and what is made again at
     once, of a block or of a group of them."""
     m = z.config.model
-    streams = z.groups * m.width * z.spec.streams * z.bytes
+    # With what the next sublayer reads, where that is carried.
+    streams = z.groups * m.width * (z.spec.streams + z.spec.carried) * z.bytes
     if not z.recomputed:
         return m.layers * block, 0
     if z.recomputed == "blocks":
