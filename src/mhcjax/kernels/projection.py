@@ -177,9 +177,9 @@ def coefficients_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dz, rows[1 + N, T], dbias summed by program[C, programs]).
 
-    dz is [columns, T] in float32, or its [high | low] parts in bfloat16: tokens last, as they lie on
-    the lanes. The rows are what x is multiplied by, and pre. `cotangents` holds, for each output of
-    f, the arrays [T, size] that add up to its cotangent."""
+    dz is [columns, T] in float32, or its [high | low] parts in bfloat16: tokens last, as on the
+    lanes. The rows are what x is multiplied by, and pre. `cotangents` holds, for each output of f,
+    the arrays [T, size] that add up to its cotangent."""
     C, T = z_CT.shape
     lanes = blocks.lanes
     programs = pl.cdiv(T, lanes)
