@@ -55,10 +55,11 @@ AXES = {
     "projection": "LEC",
 }
 
-# What is kept where streams alone are made again: the branches' products and outputs.
+# What is kept where streams alone are made again: the branches' products and outputs, what they
+# read and how the streams were mixed, so that only the writes are made again.
 _BRANCHES = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("branch"),
+    jax.checkpoint_policies.save_only_these_names("branch", connections.MIX, connections.READ),
 )
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this

@@ -29,7 +29,9 @@ class Blocks:
     stages_backward: int = 3
     lanes: int = 32  # tokens of a program for the coefficients
     split_mosaic: int = 4
+    step_project_mosaic: int = 64
     stages_mosaic: int = 4
+    rows_backward_mosaic: int = 64
     step_mosaic: int = 128
     split_backward_mosaic: int = 4
     stages_backward_mosaic: int = 2
