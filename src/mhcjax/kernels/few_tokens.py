@@ -15,17 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import WIDE, added, array, index, launch, power_of_two
+from mhcjax.kernels.triton import WIDE, added, array, launch, power_of_two
 
 
 def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
     """[E + 2, C]: the parameters as one array, which XLA gathers in one launch wherever they lie,
     out of the stacks of all layers too."""
     return jnp.concatenate([w_EC, scale_C[None], bias_C[None]]).astype(WIDE)
+
+
+def _together(loads: int, blocks: Blocks) -> int:
+    """How many of so many loads are in flight at once."""
+    return next(n for n in range(blocks.few_loads, 0, -1) if loads % n == 0)
 
 
 def mix(
@@ -35,35 +39,51 @@ def mix(
     returned; `f(z[C], mean square[], bias[C])` is what one token does with `z = x @ w * scale`."""
     T, N, D = x.shape
     E, C = N * D, own.shape[1]
-    columns = 1 << (C - 1).bit_length()
-    rows = power_of_two(E, max(1, blocks.few_tile // columns))
-    tiles = next(n for n in range(blocks.few_loads, 0, -1) if E // rows % n == 0)
-    chunk = power_of_two(D, blocks.few_tile)
+    # Columns in powers of two: loads that are masked would wait for each other.
+    parts = [(C >> k + 1 << k + 1, 1 << k) for k in reversed(range(C.bit_length())) if C >> k & 1]
+    rows = power_of_two(E, max(1, blocks.few_tile >> (C - 1).bit_length()))
+    tiles = _together(E // rows, blocks)
+    wide, chunk = power_of_two(E, blocks.few_tile), power_of_two(D, blocks.few_tile)
+    several = _together(E // wide, blocks)
     run = on_lanes(f, [(C,), (), (C,)], differentiable=False)
 
     def kernel(x_ref: Any, own_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0)
-        column = jnp.arange(columns)
 
-        def load(row: Any, count: int) -> jax.Array:
-            here = own_ref.at[pl.ds(row, count), pl.ds(index(0), columns)]
-            return plt.load(here, mask=(column < C)[None], other=0.0)
+        def load(row: Any, count: int) -> list:
+            return [own_ref[pl.ds(row, count), pl.ds(c, size)] for c, size in parts]
 
-        def body(i: Any, carry: tuple) -> tuple:
-            # All loads of a step before the first product: their latency is what takes the time.
-            starts = [(i * tiles + k) * rows for k in range(tiles)]
-            weights = [load(e, rows) for e in starts]
-            inputs = [x_ref[t, pl.ds(e, rows)].astype(WIDE) for e in starts]
-            z, square = carry
-            for w, v in zip(weights, inputs, strict=True):
-                z, square = z + w * v[:, None], square + v * v
-            return z, square
+        def loaded(step: Any) -> list:
+            return [load((step * tiles + k) * rows, rows) for k in range(tiles)]
 
-        zeros = (jnp.zeros((rows, columns), WIDE), jnp.zeros(rows, WIDE))
-        z, square = jax.lax.fori_loop(0, E // rows // tiles, body, zeros)
+        def added_up(step: Any, weights: list, sums: tuple) -> tuple:
+            for k, own in enumerate(weights):
+                x = x_ref[t, pl.ds((step * tiles + k) * rows, rows)].astype(WIDE)
+                sums = tuple(z + w * x[:, None] for z, w in zip(sums, own, strict=True))
+            return sums
+
+        def body(step: Any, carry: tuple) -> tuple:
+            weights, sums = carry
+            return loaded(step + 1), added_up(step, weights, sums)
+
+        def squares(step: Any, total: jax.Array) -> jax.Array:
+            starts = [(step * several + k) * wide for k in range(several)]
+            inputs = [x_ref[t, pl.ds(e, wide)].astype(WIDE) for e in starts]
+            return total + added([x * x for x in inputs])
+
+        # A step's weights come while those before them are multiplied, not one by one when they are
+        # wanted, as the compiler would have it. x is in the cache then: here it is read first.
+        last = E // rows // tiles - 1
+        start = (loaded(0), tuple(jnp.zeros((rows, size), WIDE) for _, size in parts))
+        square = jax.lax.fori_loop(0, E // wide // several, squares, jnp.zeros(wide, WIDE))
+        weights, sums = jax.lax.fori_loop(0, last, body, start)
+        sums = added_up(last, weights, sums)
         # Numbers as arrays of one lane: a token's products are apart once, then stay in registers.
-        z = jnp.sum(z, axis=0) * jnp.sum(load(E, 1), axis=0)
-        products = [jnp.full(1, jnp.sum(jnp.where(column == c, z, 0))) for c in range(C)]
+        products = []
+        for (_, size), z, scale in zip(parts, sums, load(E, 1), strict=True):
+            z = jnp.sum(z, axis=0) * jnp.sum(scale, axis=0)
+            each = [jnp.where(jnp.arange(size) == c, z, 0) for c in range(size)]
+            products += [jnp.full(1, jnp.sum(one)) for one in each]
         mean = jnp.full(1, jnp.sum(square) / E)
         found = run(products, [mean], [own_ref[E + 1, pl.ds(c, 1)] for c in range(C)])
         for ref, numbers in zip(refs[reads:], found, strict=True):
