@@ -22,9 +22,14 @@ from mhcjax.kernels.triton import WIDE, added, array, launch, power_of_two
 
 
 def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
-    """[E + 2, C]: the parameters as one array, which XLA gathers in one launch wherever they lie,
-    out of the stacks of all layers too."""
-    return jnp.concatenate([w_EC, scale_C[None], bias_C[None]]).astype(WIDE)
+    """[E + 2, C]: the parameters as one array.
+
+    As a sum, which XLA makes for all layers of a stack in one launch; a concatenation, or arrays of
+    their own, would be launches of every layer."""
+    E = w_EC.shape[0]
+    rows = ((w_EC, 0), (scale_C[None], E), (bias_C[None], E + 1))
+    padded = [jnp.pad(a, ((start, E + 2 - start - len(a)), (0, 0))) for a, start in rows]
+    return added(padded).astype(WIDE)
 
 
 def _together(loads: int, blocks: Blocks) -> int:

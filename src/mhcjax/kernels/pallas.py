@@ -183,8 +183,9 @@ read.defvjp(_read_forward, _read_backward)
 def write(x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array) -> jax.Array:
     """`sum_n res[..., m, n] x[..., n, :] + post[..., m] y`."""
     if _few(x):
-        # One launch too, and XLA takes what made y and post into it.
-        return xla.write(x, y, res, post)
+        # One launch too, and XLA takes what made y and post into it. Without the barrier the next
+        # write would make these streams again.
+        return jax.lax.optimization_barrier(xla.write(x, y, res, post))
     return _write_forward(x, y, res, post)[0]
 
 
