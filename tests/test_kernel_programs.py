@@ -328,11 +328,11 @@ def on_a_mesh(name, N, lead, axes, names, ambient):
 
 def shared_sizes(name, N):
     """Sizes of the gradients that devices must add up: coefficients of all tokens, or what the
-    kernels are given of the parameters, the projection with its empty columns."""
+    kernels are given of the parameters."""
     if name in layers.STATIC:
         return {N, N * N}
     columns = layers.spec_of(name, N).shapes(64)["projection"][1]
-    return {N * 64 * padded(columns), columns}
+    return {N * 64 * columns, columns}
 
 
 def same_values(found, wanted):

@@ -277,7 +277,9 @@ def _scales(c: Dynamic, sizes: Sizes, streams: int, params: Params) -> jax.Array
     scale = params["scale"]
     if frozen.any():
         scale = jnp.where(frozen, jax.lax.stop_gradient(scale), scale)
-    return jnp.concatenate([scale, jnp.ones(1, scale.dtype)])[owner]
+    # Not scale[owner], whose gradient scatters: 16 us a sublayer on an H200.
+    own = owner[:, None] == np.arange(count)
+    return jnp.sum(jnp.where(own, scale, 0), axis=-1) + (owner == count)
 
 
 def _split(z: jax.Array, sizes: Sizes) -> list[jax.Array]:

@@ -33,7 +33,9 @@ class Blocks:
     few_loads: int = 8  # in flight
     few_warps: int = 4  # more would all repeat what follows the projection
     split_mosaic: int = 4
+    step_project_mosaic: int = 64
     stages_mosaic: int = 4
+    rows_backward_mosaic: int = 64
     step_mosaic: int = 128
     split_backward_mosaic: int = 4
     stages_backward_mosaic: int = 2

@@ -18,16 +18,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from mhcjax.kernels import few_tokens, mosaic, projection, triton, xla
 from mhcjax.kernels.blocks import blocks_for
 from mhcjax.kernels.lanes import Unsupported, on_lanes
+from mhcjax.kernels.triton import added
 
 __all__ = ["mix", "mix_and_read", "read", "unfit", "unfit_token", "write", "write_and_read"]
 
 # What a mesh may split, by position of the leading axis: batch, then positions.
 TOKEN_AXES = ("data", "sequence")
+MIX = "mix"  # the name of what is kept of a mix where streams are made again
 MOST_COLUMNS = 96  # of a token's coefficients: Sinkhorn of 8 streams has 80
 
 
@@ -97,7 +100,7 @@ def _on_shards(
     f: Callable, lead: Sequence[int], inputs: Sequence[str], outputs: Sequence[str]
 ) -> Callable:
     """`f` on each device's own tokens. An array is of TOKENS (leading axes first) or LAST (last),
-    WHOLE, or SUMS over a device's tokens, to be added up over its first axis."""
+    WHOLE, or SUMS over a device's tokens, [1, ...], to be added up over the first axis."""
     axes = _axes(lead)
     if not any(axes):
         return f
@@ -348,7 +351,7 @@ def _mixed(
     outputs = [TOKENS] * (len(shapes) + reads) + [LAST, TOKENS]
     found = _on_shards(local, x.shape[:-2], (TOKENS, WHOLE, WHOLE), outputs)(x, packed, bias)
     *results, z, mean = found
-    return (x, *results), (x, packed, bias, z, mean)
+    return (x, *results), (x, packed, bias, checkpoint_name(z, MIX), checkpoint_name(mean, MIX))
 
 
 def _outputs(f: Callable, bias: jax.Array) -> Any:
@@ -385,14 +388,16 @@ def _mixed_cotangents(
         how = mosaic if mosaic.fits(flat, columns) else projection
         before = dx.reshape(flat.shape)
         found, dw = how.project_backward(flat, w, dz, scalars, du, before, blocks)
-        return found.reshape(x.shape), dw, dbias
+        # One by one: a reduction over few rows is a slow kernel of XLA's.
+        parts = added([dw[s] for s in range(dw.shape[0])])
+        return found.reshape(x.shape), parts[None, :, :C], jnp.sum(dbias, axis=1)[None]
 
     reads = () if du is None else (du,)
     inputs = (TOKENS, WHOLE, WHOLE, LAST, *[TOKENS] * (2 + len(dmix) + len(reads)))
     dx, dw, dbias = _on_shards(local, x.shape[:-2], inputs, (TOKENS, SUMS, SUMS))(
         x, packed, bias, z, mean, dx, *dmix, *reads
     )
-    return dx, jnp.sum(dw, axis=0)[:, :C], jnp.sum(dbias, axis=0)
+    return dx, jnp.sum(dw, axis=0), jnp.sum(dbias, axis=0)
 
 
 def _mix_forward(
