@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import WIDE, added, array, launch, power_of_two
+from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, launch, power_of_two
 
 
 def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ def mix(
     tiles = _together(E // rows, blocks)
     wide, chunk = power_of_two(E, blocks.few_tile), power_of_two(D, blocks.few_tile)
     several = _together(E // wide, blocks)
-    run = on_lanes(f, [(C,), (), (C,)], differentiable=False)
+    run = on_lanes(f, [(C,), (), (C,)], differentiable=False, special=SPECIAL)
 
     def kernel(x_ref: Any, own_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0)
