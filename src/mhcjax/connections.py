@@ -42,8 +42,8 @@ __all__ = [
     "write",
 ]
 
-# What `jax.checkpoint` may keep by name where streams are made again: far smaller than they are.
-MIX, READ = kernels.MIX, "read"
+# By this name `jax.checkpoint` can keep mixes where streams are made again: they are far smaller.
+MIX = kernels.MIX
 IMPLEMENTATIONS = (None, "pallas", "xla", "reference")
 
 
@@ -323,17 +323,17 @@ def _passed(
     if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
         if isinstance(spec.coefficients, Dynamic):
             x, u, *m = kernels.mix_and_read(*_on_kernels(spec, ready, x))
-            return x, _named(Mix(*m), MIX), _named(u, READ)
-        m = _named(mix(spec, params, x, implementation=implementation), MIX)
+            return x, _named(Mix(*m)), u
+        m = _named(mix(spec, params, x, implementation=implementation))
         x, u = kernels.read_on(x, m.pre)
-        return x, m, _named(u, READ)
-    m = _named(mix(spec, params, x, implementation=implementation), MIX)
-    return x, m, _named(read(x, m, implementation=implementation), READ)
+        return x, m, u
+    m = _named(mix(spec, params, x, implementation=implementation))
+    return x, m, read(x, m, implementation=implementation)
 
 
-def _named(arrays: Any, name: str) -> Any:
-    """The same, with a name for `jax.checkpoint` to keep it by."""
-    return jax.tree.map(lambda a: checkpoint_name(a, name), arrays)
+def _named(mix: Mix) -> Mix:
+    """The same, named MIX."""
+    return jax.tree.map(lambda a: checkpoint_name(a, MIX), mix)
 
 
 def connect(
@@ -438,8 +438,8 @@ def _passed_mix(
     dynamic = ready is not None and isinstance(spec.coefficients, Dynamic)
     if dynamic and _implementation(implementation, spec, ready, x) == "pallas":
         x, *m = kernels.mix(*_on_kernels(spec, cast(Params, ready), x))
-        return x, _named(Mix(*m), MIX)
-    return x, _named(mix(spec, params, x, implementation=implementation), MIX)
+        return x, _named(Mix(*m))
+    return x, _named(mix(spec, params, x, implementation=implementation))
 
 
 def _write_and_read(
@@ -448,9 +448,9 @@ def _write_and_read(
     """`write`, and `read` of what it wrote with the pre of the same mix."""
     if _mixed_by(implementation, x, mix) == "pallas":
         x, u = kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
-        return x, _named(u, READ)
+        return x, u
     x = write(x, y, mix, rule=rule, implementation=implementation)
-    return x, _named(read(x, mix, implementation=implementation), READ)
+    return x, read(x, mix, implementation=implementation)
 
 
 def first_pre(x: jax.Array) -> jax.Array:

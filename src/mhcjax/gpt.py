@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mhcjax import connections, ends, head, layers, presets, sharding
 from mhcjax.config import ModelConfig, check_ranges
@@ -55,12 +54,13 @@ AXES = {
     "projection": "LEC",
 }
 
-# What is kept where streams alone are made again: the branches' products and outputs, what they
-# read and how the streams were mixed, so that only the writes are made again.
-_BRANCHES = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("branch", connections.MIX, connections.READ),
-)
+def _keeps_branches(prim: Any, *_: Any, **params: Any) -> bool:
+    """What stays where streams alone are made again, so that only their writes are: what branches
+    name, the mixes, and all that fused attention made, the sums of its softmax with it."""
+    return _NAMED(prim, *_, **params) or "attention_fwd" in prim.name
+
+
+_NAMED = jax.checkpoint_policies.save_only_these_names(layers.BRANCH, connections.MIX)
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
 SUBLAYERS = ("attention", "mlp")  # of one block, in order: sublayer 2b and 2b + 1
@@ -121,10 +121,11 @@ class Attention(nnx.Module):
             jnp.einsum("btd,dhk->bthk", u_BTD, w[...].astype(u_BTD.dtype))
             for w in (self.query, self.key, self.value)
         )
+        v = layers.kept(v)
         base, norm = self.config.rope_base, self.config.qk_norm
         q, k = layers.rope(q, positions_BT, base, norm), layers.rope(k, positions_BT, base, norm)
         if cache is None:
-            y = checkpoint_name(layers.attend(q, k, v, is_causal=True), "branch")
+            y = layers.kept(layers.attend(q, k, v, is_causal=True))
         else:
             rows = jnp.arange(q.shape[0])[:, None]
             cache = Cache(
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
             seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
             y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen)
         y = jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype))
-        return sharding.total(y), cache
+        return layers.kept(sharding.total(y)), cache
 
 
 class MLP(nnx.Module):
@@ -151,12 +152,14 @@ class MLP(nnx.Module):
 
     def __call__(self, u_BTD: jax.Array) -> jax.Array:
         u_BTD = sharding.fan_out(u_BTD)
-        up = u_BTD @ self.up[...].astype(u_BTD.dtype)
+        up = layers.kept(u_BTD @ self.up[...].astype(u_BTD.dtype))
         if self.gated:
-            hidden = jax.nn.silu(u_BTD @ self.gate[...].astype(u_BTD.dtype)) * up
+            gate = layers.kept(u_BTD @ self.gate[...].astype(u_BTD.dtype))
+            hidden = jax.nn.silu(gate) * up
         else:
             hidden = jnp.square(jax.nn.relu(up))
-        return sharding.total(hidden @ self.down[...].astype(u_BTD.dtype))
+        hidden = layers.kept(hidden)
+        return layers.kept(sharding.total(hidden @ self.down[...].astype(u_BTD.dtype)))
 
 
 class Block(nnx.Module):
@@ -274,7 +277,7 @@ class GPT(nnx.Module):
         if self.config.remat:
             run = jax.checkpoint(run)
         elif self.config.remat_streams and self.config.walk == "scan":
-            run = jax.checkpoint(run, policy=_BRANCHES)
+            run = jax.checkpoint(run, policy=_keeps_branches)
         x, u = self._enter(tokens_BT)
         if self.config.walk == "loop":
             blocks = list(enumerate(_unstack(stacked, self.config.layers)))
@@ -291,7 +294,7 @@ class GPT(nnx.Module):
                     return x, u, cache
 
                 if self.config.remat_streams:
-                    several = jax.checkpoint(several, policy=_BRANCHES)
+                    several = jax.checkpoint(several, policy=_keeps_branches)
                 x, u, cache = several([own for _, own in group], x, u, cache)
         else:
 

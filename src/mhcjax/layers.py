@@ -10,8 +10,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["attend", "rms_norm", "rope"]
+__all__ = ["BRANCH", "attend", "kept", "rms_norm", "rope"]
+
+BRANCH = "branch"
+
+
+def kept(a: jax.Array) -> jax.Array:
+    """`a`, named BRANCH for `jax.checkpoint`: what a branch keeps where streams are made again.
+
+    >>> kept(jnp.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return checkpoint_name(a, BRANCH)
 
 
 @jax.custom_vjp
@@ -39,8 +51,8 @@ def _pull_norm(n: jax.Array, scale: jax.Array, dn: jax.Array) -> jax.Array:
 
 def _rms_norm(x: jax.Array) -> tuple[jax.Array, tuple]:
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    scale = _inverse_rms(wide)
-    n = (wide * scale).astype(x.dtype)
+    scale = kept(_inverse_rms(wide))
+    n = kept((wide * scale).astype(x.dtype))
     return n, (n, scale)
 
 
@@ -81,10 +93,10 @@ def _rope_forward(
     wide = x_BTHK.astype(jnp.promote_types(jnp.float32, x_BTHK.dtype))
     scale = None
     if norm:
-        scale = _inverse_rms(wide)
+        scale = kept(_inverse_rms(wide))
         wide = wide * scale
     angles = _angles(positions_BT, x_BTHK.shape[-1] // 2, base, wide.dtype)
-    out = _rotate(wide, *angles).astype(x_BTHK.dtype)
+    out = kept(_rotate(wide, *angles).astype(x_BTHK.dtype))
     return out, (out if norm else None, scale, positions_BT)
 
 
