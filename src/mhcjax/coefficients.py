@@ -288,9 +288,10 @@ def _split(z: jax.Array, sizes: Sizes) -> list[jax.Array]:
 
 def linear(
     c: Dynamic, sizes: Sizes, streams: int, params: Params
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(w[E, C], scale[C], bias[C]), the norm's gain inside w, for what is linear in the streams:
-    the logits are `x @ w * scale * norm.of(mean(x^2), E) + bias`, which `of_products` makes.
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """(w[E, C], scale[C], bias[C] in its parts), the norm's gain inside w, for what is linear in
+    the streams: the logits are `x @ w * scale * norm.of(mean(x^2), E) + bias`, which `of_products`
+    makes.
 
     >>> params = {"pre_logits": jnp.ones(1), "post_logits": jnp.ones(1), "scale": jnp.full(2, 3.0)}
     >>> c = Dynamic(scales=("pre", "post"))
@@ -301,8 +302,8 @@ def linear(
     w = params["gain"][:, None] * w if c.norm.gain else w
     scales = _scales(c, sizes, streams, params)
     names = ("pre_logits", "post_logits", *(("res_logits",) if sizes.res else ()))
-    bias = jnp.concatenate([params[name] for name in names])
-    return w, jnp.ones_like(bias) if scales is None else scales, bias
+    bias = tuple(params[name] for name in names)
+    return w, jnp.ones(w.shape[1], w.dtype) if scales is None else scales, bias
 
 
 def of_products(

@@ -322,8 +322,8 @@ def _passed(
     ready = _ready(spec, params, x)
     if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
         if isinstance(spec.coefficients, Dynamic):
-            x, u, *m = kernels.mix_and_read(*_on_kernels(spec, ready, x))
-            return x, _named(Mix(*m)), u
+            x, u, *own = kernels.mix_and_read(*_on_kernels(spec, ready, x))
+            return x, _named(Mix(*own)), u
         m = _named(mix(spec, params, x, implementation=implementation))
         x, u = kernels.read_on(x, m.pre)
         return x, m, u

@@ -54,6 +54,7 @@ AXES = {
     "projection": "LEC",
 }
 
+
 def _keeps_branches(prim: Any, *_: Any, **params: Any) -> bool:
     """What stays where streams alone are made again, so that only their writes are: what branches
     name, the mixes, and all that fused attention made, the sums of its softmax with it."""

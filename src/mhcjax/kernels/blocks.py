@@ -11,12 +11,14 @@ __all__ = ["BLOCKS", "Blocks", "blocks_for"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the kernels cut their work; every field is a power of two."""
+    """How the kernels cut their work; all but the stages are powers of two."""
 
     chunk: int = 2048  # of the width, in read and write
     elements: int = 8  # of a chunk, for one lane
     chunk_backward: int = 128
     elements_backward: int = 4
+    chunk_fused: int = 128  # the same where the backward pass of the next read comes with it
+    elements_fused: int = 4
     rows: int = 128  # tokens of a tile of the projection
     step: int = 64  # of its inputs, at a time
     split: int = 4  # programs that share the sum over its inputs
@@ -35,8 +37,7 @@ class Blocks:
     split_mosaic: int = 4
     step_project_mosaic: int = 64
     stages_mosaic: int = 4
-    rows_backward_mosaic: int = 64
-    step_mosaic: int = 128
+    step_mosaic: int = 64
     split_backward_mosaic: int = 4
     stages_backward_mosaic: int = 2
 
@@ -48,14 +49,19 @@ BLOCKS = {
         (
             1024,
             Blocks(
+                chunk_backward=256,
+                elements_backward=8,
                 split=1,
                 split_mosaic=1,
-                step_mosaic=64,
-                split_backward_mosaic=8,
-                stages_backward_mosaic=3,
+                stages_mosaic=3,
+                split_backward_mosaic=16,
             ),
         ),
-        (1 << 30, Blocks()),
+        (3072, Blocks(split_backward_mosaic=8)),
+        (
+            1 << 30,
+            Blocks(chunk_backward=256, step_project_mosaic=128, stages_mosaic=3),
+        ),
     )
 }
 

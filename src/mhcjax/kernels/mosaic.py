@@ -17,11 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mhcjax.kernels.blocks import Blocks
+from mhcjax.kernels.projection import columns_of
 
 __all__ = ["fits", "project", "project_backward"]
 
 WIDE = jnp.float32
-TOKENS = 128  # of a tile of the projection
+TOKENS = 128  # of a tile of the projection: its weight comes half as often
+ROWS = 64  # of a tile of its backward pass
 STEP = 64  # of E: 128 bytes, what is swizzled together
 HOPPER = ("H100", "H200", "GH200")
 
@@ -55,7 +57,7 @@ def _parameters() -> Any:
 def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """`projection.project`."""
     T, E = x.shape
-    C = w.shape[1] // 4
+    C = columns_of(w)
     step = min(blocks.step_project_mosaic, E & -E)
     split = _split(E // step, blocks.split_mosaic)
     share = E // split
@@ -124,15 +126,14 @@ def project_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """`projection.project_backward`; dx goes to a new buffer."""
     T, E = x.shape
-    C = w.shape[1] // 4
+    C = columns_of(w)
     N = scalars.shape[0] - 1
     D = E // N
     step = min(blocks.step_mosaic, D & -D)
-    rows = blocks.rows_backward_mosaic
-    split = _split(T // rows, blocks.split_backward_mosaic)
+    split = _split(T // ROWS, blocks.split_backward_mosaic)
     chunk = T // split
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
-    row = plgpu.BlockSpec((rows,), lambda i, _: (i,))
+    row = plgpu.BlockSpec((ROWS,), lambda i, _: (i,))
 
     def kernel(*refs: Any) -> None:
         x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
@@ -158,9 +159,9 @@ def project_backward(
 
             def along(ref: Any) -> jax.Array:
                 column = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
-                return jax.lax.broadcast_in_dim(column, (rows, step), [0])
+                return jax.lax.broadcast_in_dim(column, (ROWS, step), [0])
 
-            out = pl.run_scoped(products, plgpu.ACC((rows, step), WIDE))
+            out = pl.run_scoped(products, plgpu.ACC((ROWS, step), WIDE))
             out = out + load(before_s) + along(scale_s) * load(x_s)
             if read:
                 out = out + along(read[0]) * load(read[1])
@@ -168,20 +169,20 @@ def project_backward(
             plgpu.wgmma_wait(0)
 
         inputs = [
-            (x_ref.at[mine, here], tile((rows, step), _place)),
-            (before_ref.at[mine, here], tile((rows, step), _place)),
+            (x_ref.at[mine, here], tile((ROWS, step), _place)),
+            (before_ref.at[mine, here], tile((ROWS, step), _place)),
             (scalars_ref.at[0, mine], row),
-            (dz_ref.at[:, mine], tile((2 * C, rows), lambda i, j: (j, i))),
+            (dz_ref.at[:, mine], tile((2 * C, ROWS), lambda i, j: (j, i))),
         ]
         if du is not None:
             columns = pl.ds(d * step, step)
             inputs.append((scalars_ref.at[1 + n, mine], row))
-            inputs.append((refs[5].at[mine, columns], tile((rows, step), _place)))
+            inputs.append((refs[5].at[mine, columns], tile((ROWS, step), _place)))
         plgpu.emit_pipeline(
             body,
-            grid=(chunk // rows, 1),
+            grid=(chunk // ROWS, 1),
             in_specs=[spec for _, spec in inputs],
-            out_specs=[tile((rows, step), _place)],
+            out_specs=[tile((ROWS, step), _place)],
             max_concurrent_steps=blocks.stages_backward_mosaic,
         )(*(ref for ref, _ in inputs), dx_ref.at[mine, here])
         dw = dw_acc[...]

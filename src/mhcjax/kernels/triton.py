@@ -271,9 +271,10 @@ def write_backward(
     du are `read`, which is empty where there is none."""
     T, N, D = x.shape
     M = post.shape[1]
-    chunk = power_of_two(D, blocks.chunk_backward)
-    per_lane = chunk // 32 // _warps(chunk, blocks.elements_backward)
     fused = bool(read)
+    chunk = power_of_two(D, blocks.chunk_fused if fused else blocks.chunk_backward)
+    warps = _warps(chunk, blocks.elements_fused if fused else blocks.elements_backward)
+    per_lane = chunk // 32 // warps
 
     def kernel(*refs: Any) -> None:
         x_ref, y_ref, res_ref, post_ref, dout_ref = refs[:5]
@@ -317,7 +318,5 @@ def write_backward(
         *[array(WIDE, T, M)] * fused,
     ]
     name = "mhc_write_and_read_backward" if fused else "mhc_write_backward"
-    call = launch(
-        kernel, (T,), tuple(outputs), warps=_warps(chunk, blocks.elements_backward), name=name
-    )
+    call = launch(kernel, (T,), tuple(outputs), warps=warps, name=name)
     return tuple(call(x, y, res, post, dout, *read))
