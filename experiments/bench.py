@@ -6,6 +6,7 @@ python -m experiments.bench model --set optim.name=muon --out muon.json
 python -m experiments.bench model --variants "" model.remat=true model.remat_streams=true --jobs 2
 python -m experiments.bench mesh --shape gpt2_124m           # a 1x1 mesh against no mesh
 python -m experiments.bench layer --shapes d2048 d4096        # one layer against its floor
+python -m experiments.bench decode --shape gpt2_124m --profile  # one token a row
 python -m experiments.bench paths --shape d20                # fast path against reference path
 python -m experiments.bench scale --shapes gpt2_124m         # over 1, 2, 4, ... devices
 
@@ -539,6 +540,15 @@ def main() -> int:
     l.add_argument("--connections", nargs="+", default=["mhc", "mhc_n2"])
     l.add_argument("--implementations", nargs="+", default=["pallas", "xla"])
     l.add_argument("--out", type=Path, default=Path("runs/layer.json"), help="JSON of all rows")
+    d = verbs.add_parser("decode", help="one step of decoding, over the residual's")
+    d.add_argument("--shape", default="gpt2_124m", help=f"of {', '.join(SHAPES)}")
+    d.add_argument("--connections", nargs="+", default=["residual", "deepseek_v4"])
+    d.add_argument("--batches", nargs="+", type=int, default=[1, 64])
+    d.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config overrides")
+    d.add_argument("--windows", type=int, default=7, help="timed windows [7]")
+    d.add_argument("--seconds", type=float, default=0.5, help="of a window, at least [0.5]")
+    d.add_argument("--profile", action="store_true", help="kernels of a step (GPU)")
+    d.add_argument("--out", type=Path, default=Path("runs/decode.json"), help="JSON of all rows")
     p = verbs.add_parser("paths", help="loss curves of the fast and of the reference path")
     p.add_argument("--shape", default="cpu_tiny", help=f"of {', '.join(SHAPES)}")
     p.add_argument("--connection", default="mhc_n2")
@@ -562,6 +572,10 @@ def main() -> int:
             from experiments import bench_layer
 
             return bench_layer.main(args)
+        if args.verb == "decode":
+            from experiments import bench_decode
+
+            return bench_decode.main(args)
         if args.verb == "paths":
             return paths(args)
         row(json.loads(args.request), args.answer)

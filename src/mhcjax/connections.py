@@ -162,8 +162,8 @@ class _OfProducts:
 def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...]:
     """The arguments of `kernels.mix` and `kernels.mix_and_read`."""
     c = cast(Dynamic, spec.coefficients)
-    w, bias = coefficients.linear(c, spec.sizes, spec.streams, ready)
-    return _OfProducts(spec, spec.streams * x.shape[-1]), x, w, bias
+    linear = coefficients.linear(c, spec.sizes, spec.streams, ready)
+    return _OfProducts(spec, spec.streams * x.shape[-1]), x, *linear
 
 
 def _implementation(implementation: str | None, spec: Connection, ready: Any, x: Any) -> str:

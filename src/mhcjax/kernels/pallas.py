@@ -1,5 +1,8 @@
 """The kernels with their VJPs, for arrays with any leading axes, on a mesh or off it.
 
+Few tokens whose gradient nobody takes, as in decoding, run on fewer kernels. Where it is taken they
+run as many tokens do, which gives the same values up to rounding.
+
 Between forward and backward stay the streams, the branch's output and, a token, the C products of
 the projection and one mean square; everything else is made again.
 
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from mhcjax.kernels import mosaic, projection, triton
+from mhcjax.kernels import few_tokens, mosaic, projection, triton, xla
 from mhcjax.kernels.blocks import blocks_for
 from mhcjax.kernels.lanes import Unsupported, on_lanes
 from mhcjax.kernels.triton import added
@@ -81,6 +84,13 @@ def _axes(lead: Sequence[int]) -> tuple[Any, ...]:
         n if n in auto and size % auto[n] == 0 else None
         for n, size in zip(named, lead, strict=True)
     )
+
+
+def _few(x: jax.Array) -> bool:
+    """Whether a device's own tokens are so few that launches are what takes the time."""
+    lead, mesh = x.shape[:-2], jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape[name] for name in _axes(lead) if name)
+    return math.prod(lead) <= blocks_for(x).few * ways
 
 
 TOKENS, WHOLE, LAST, SUMS = "tokens", "whole", "last", "sums"
@@ -175,6 +185,10 @@ read.defvjp(_read_forward, _read_backward)
 @jax.custom_vjp
 def write(x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array) -> jax.Array:
     """`sum_n res[..., m, n] x[..., n, :] + post[..., m] y`."""
+    if _few(x):
+        # One launch too, and XLA takes what made y and post into it. Without the barrier the next
+        # write would make these streams again.
+        return jax.lax.optimization_barrier(xla.write(x, y, res, post))
     return _write_forward(x, y, res, post)[0]
 
 
@@ -271,18 +285,48 @@ write_and_read.defvjp(_write_and_read_forward, _write_and_read_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix_and_read(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
-    """(x, u, *coefficients) of x[..., N, D], w[E, C] and bias[C].
+def mix_and_read(
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    """(x, u, *coefficients) of x[..., N, D], w[E, C], scale[C] and bias[C].
 
-    The coefficients, pre[..., N] first, are what `f(x @ w, mean(x^2), bias)` gives of one token;
-    `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
-    return _mixed(f, True, x, w, bias)[0]
+    The coefficients, pre[..., N] first, are what `f(x @ w * scale, mean(x^2), bias)` gives of one
+    token; `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
+    return _mixed_undifferentiated(f, True, x, w, scale, bias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+def mix(
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
     """(x, *coefficients): `mix_and_read` without the read."""
-    return _mixed(f, False, x, w, bias)[0]
+    return _mixed_undifferentiated(f, False, x, w, scale, bias)
+
+
+def _mixed_undifferentiated(
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    if _few(x):
+        return _mixed_few(f, reads, x, w, scale, bias)
+    return _mixed(f, reads, x, w * scale, bias)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _mixed_few(
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    shapes = [o.shape for o in _outputs(f, bias)]
+    sizes = tuple(map(math.prod, shapes))
+
+    def local(x: jax.Array, own: jax.Array) -> tuple:
+        lead = x.shape[:-2]
+        found = few_tokens.mix(f, sizes, _flat(x, 2), own, reads, blocks_for(x))
+        wanted = [*[x.shape[-1:]] * reads, *shapes]
+        return tuple(a.reshape(*lead, *s) for a, s in zip(found, wanted, strict=True))
+
+    outputs = [TOKENS] * (len(shapes) + reads)
+    own = few_tokens.joined(w, scale, bias)
+    return x, *_on_shards(local, x.shape[:-2], (TOKENS, WHOLE), outputs)(x, own)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -356,25 +400,20 @@ def _mixed_cotangents(
     return dx, jnp.sum(dw, axis=0), jnp.sum(dbias, axis=0)
 
 
-def _mix_and_read_forward(
-    f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array
+def _mix_forward(
+    reads: bool, f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
-    return _mixed(f, True, x, w, bias)
+    found, saved = _mixed(f, reads, x, w * scale, bias)
+    return found, (saved, w, scale)
 
 
-def _mix_and_read_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
-    dx, du, *dmix = cotangents
-    return _mixed_cotangents(f, saved, dx, du, dmix)
-
-
-def _mix_forward(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    return _mixed(f, False, x, w, bias)
-
-
-def _mix_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
+def _mix_backward(reads: bool, f: Callable, kept: tuple, cotangents: tuple) -> tuple:
+    saved, w, scale = kept
     dx, *dmix = cotangents
-    return _mixed_cotangents(f, saved, dx, None, dmix)
+    du = dmix.pop(0) if reads else None
+    dx, dw, dbias = _mixed_cotangents(f, saved, dx, du, dmix)
+    return dx, dw * scale, jnp.sum(dw * w, axis=0), dbias
 
 
-mix_and_read.defvjp(_mix_and_read_forward, _mix_and_read_backward)
-mix.defvjp(_mix_forward, _mix_backward)
+mix_and_read.defvjp(partial(_mix_forward, True), partial(_mix_backward, True))
+mix.defvjp(partial(_mix_forward, False), partial(_mix_backward, False))
