@@ -188,7 +188,7 @@ def test_a_head_in_chunks(monkeypatch):
 def test_streams_made_again_in_groups(monkeypatch, preset):
     """Three blocks and one: all sums are made again, but for the residual, which has kept what is
     read and wants no output."""
-    monkeypatch.setattr(gpt, "group_size", lambda config, streams: 3)
+    monkeypatch.setattr(gpt, "group_size", lambda config: 3)
     config = config_of(
         4, 2, **{"model.connection.preset": preset, "model.remat_streams": True, "model.layers": 4}
     )

@@ -125,7 +125,7 @@ class Sizes:
         # the streams at the start of each group.
         self.recomputed = _recomputed(m)
         in_groups = self.recomputed == "streams"
-        self.every = gpt.group_size(m, self.spec.streams) if in_groups else 1
+        self.every = gpt.group_size(m) if in_groups else 1
         self.groups = -(-m.layers // self.every)
 
 
