@@ -95,25 +95,24 @@ def test_memory_by_hand():
     remat = costs.memory(override(config, {"model.remat": True}))
     assert remat.activations == tokens * 2 * 4 * 64 * 2
     assert remat.temporary == max(found.temporary, found.activations // 2)
-    # Streams alone, of each block by itself: kept are the streams, queries, keys and values, the
-    # attention, up, what is read and both outputs; made again norms, rotations, the square and the
-    # streams.
+    # Streams alone, of each block by itself: all is kept but the streams in its middle.
     streams = costs.memory(override(config, {"model.remat_streams": True}))
-    kept = 4 * 64 + (32 + 16 + 16 + 32) + 48 + 2 * 2 * 64
-    assert streams.activations == tokens * 2 * 2 * kept
-    again = tokens * (2 * (2 * 64 + 32 + 16 + 48 + 2 * 4 * 64) + 4 * factors)
-    assert streams.temporary == max(found.temporary, again)
+    assert streams.activations == tokens * 2 * (2 * (numbers - 4 * 64) + 4 * factors)
+    assert streams.temporary == max(found.temporary, tokens * 2 * 4 * 64)
 
 
 @jax.custom_vjp
 def flash(q, k, v):
-    """Attention that keeps what cuDNN's keeps: its inputs, its output, a float for each query. For
-    shapes only: its backward pass gives those."""
+    """Attention that keeps what cuDNN's keeps, by name too: its inputs, its output, a float for
+    each query. For shapes only: its backward pass gives those."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
 flash.defvjp(
-    lambda q, k, v: (flash(q, k, v), (q, k, v, flash(q, k, v), jnp.sum(q, -1, jnp.float32))),
+    lambda q, k, v: (
+        flash(q, k, v),
+        (q, k, v, flash(q, k, v), layers.kept(jnp.sum(q, -1, jnp.float32))),
+    ),
     lambda saved, do: saved[:3],
 )
 
@@ -313,7 +312,7 @@ def test_streams_by_hand():
 
 def test_what_recomputing_repeats():
     """Blocks: all products, but for the MLP's last where the residual has no use for it. Streams:
-    none but the attention's."""
+    none."""
     for name, share in (("mhc_n4", 1.0), ("residual", 2 / 3)):
         one, blocks, streams = (
             plan.seconds(changed(model__connection__preset=name, **again), "h200")
@@ -323,8 +322,9 @@ def test_what_recomputing_repeats():
         again = share * 2 * matrices / (plan.MATMUL * 989e12)
         assert math.isclose(blocks.matmul - one.matmul, again)
         assert streams.matmul == one.matmul
-        assert blocks.attention == streams.attention == 9 / 7 * one.attention
-        assert blocks.passes == streams.passes > one.passes
+        assert math.isclose(blocks.attention, 9 / 7 * one.attention)
+        assert streams.attention == one.attention
+        assert blocks.passes > streams.passes == one.passes
 
 
 def test_newton_schulz_by_hand():

@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from mhcjax.kernels import MIX
 from mhcjax.manifolds import Brief
 
 __all__ = ["Dynamic", "Fixed", "Init", "Norm", "Params", "Sizes", "Static", "draw", "logits"]
@@ -235,7 +237,7 @@ def project(
     if not norm.after:
         x = x * factor
         x = x * params["gain"] if norm.gain else x
-    z = jnp.matmul(x, params["projection"], precision=precision)
+    z = checkpoint_name(jnp.matmul(x, params["projection"], precision=precision), MIX)
     z = z * factor if norm.after else z
     return jnp.tanh(z) if tanh else z
 

@@ -191,11 +191,8 @@ def collectives(config: Config) -> list[Collective]:
 def _over_model(z: Sizes) -> list[Collective]:
     m = z.config.model
     stream = (z.rows, z.length, m.width)
-    # An output that is kept is a part's, before the sum. A residual's is made again only for the
-    # read after it, in the same block, and not where what is read is kept.
-    again = 2 * m.layers if z.recomputed else 0
-    if z.fixed:
-        again = m.layers if z.recomputed == "blocks" else 0
+    # A residual's output is made again only for the read after it, in the same block.
+    again = (1 if z.fixed else 2) * m.layers if z.recomputed == "blocks" else 0
     part = (z.rows, z.length // z.chunks)
     wide = str(jnp.promote_types(jnp.float32, m.dtype))
 
@@ -286,9 +283,7 @@ def memory(config: Config) -> Memory:
     Saved per token and block, in numbers of the activations' dtype: both norms 2 D; queries, keys,
     values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
     its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Recomputed
-    blocks keep N D each. Recomputed streams keep N D a group of blocks, and of each block what it
-    read, 2 D, the coefficients, and what its products and attention made: queries, keys and values
-    (not yet rotated), attention and both outputs, F (SwiGLU 2 F).
+    blocks keep N D each, recomputed streams N D a group of blocks and all that is no stream.
 
     >>> memory(Config()).optimizer > memory(Config()).parameters
     True
@@ -339,38 +334,35 @@ def _saved_by_block(z: Sizes) -> int:
     numbers = 2 * m.width + 2 * z.queries + 2 * z.keys
     numbers += (3 if m.mlp == "swiglu" else 2) * z.hidden
     heads = (z.queries + z.keys) // (m.width // m.heads)
-    floats = 2 + heads + m.heads // z.model  # factors of the norms; logsumexp of the attention
-    if z.bytes != 2:  # no fused attention: probabilities and their softmax are kept
-        numbers += 2 * m.heads // z.model * z.length
+    floats = 2 + heads  # factors of the norms
     if not z.fixed:
         numbers += 2 * (z.spec.streams + 1) * m.width
         floats += 2 * (z.logits + z.spec.streams * (z.spec.streams + 2)) if z.logits else 0
-    return numbers * z.bytes + 4 * floats
+    return numbers * z.bytes + 4 * floats + _of_attention(z)
 
 
 def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
     """Bytes per token: what the forward pass keeps of all blocks, and what is made again at
     once, of a block or of a group of them."""
-    m, N, sublayers = z.config.model, z.spec.streams, 2 * z.config.model.layers
-    # With what the next sublayer reads, where that is carried.
-    streams = z.groups * m.width * (N + z.spec.carried) * z.bytes
+    m, blocks = z.config.model, z.config.model.layers * block
+    streams = m.width * z.spec.streams * z.bytes
+    if z.recomputed == "blocks":  # with what the next sublayer reads, where that is carried
+        return z.groups * (streams + z.spec.carried * m.width * z.bytes), block
     if not z.recomputed:
-        return m.layers * block, 0
-    if z.recomputed == "blocks":
-        return streams, block
-    ups = (2 if m.mlp == "swiglu" else 1) * z.hidden
-    # What is read, of which a group begins with the first where it is carried or the residual's;
-    # outputs, which the residual has no use for.
-    vectors = sublayers * (1 if z.fixed else 2)
-    vectors -= z.groups if z.fixed or z.spec.carried else 0
-    kept = m.layers * (2 * z.queries + 2 * z.keys + ups) + vectors * m.width
-    floats = z.logits + N * (N + 2) if z.logits else 0
-    # The kernels keep a mean square too, and no pre that no later read wants.
-    floats += 1 - (0 if z.spec.carried else N) if z.fused else 0
-    # Of what a block saves these are there: values, attention, `ups`, outputs and coefficients.
-    there = z.queries + z.keys + ups + (0 if z.fixed else 2 * m.width)
-    again = z.every * (block - there * z.bytes - 4 * 2 * floats)
-    return streams + kept * z.bytes + 4 * sublayers * floats, again
+        return blocks, 0
+    if z.bytes != 2:  # no fused attention, whose own would be kept
+        blocks -= m.layers * _of_attention(z)
+    if z.fixed:  # the residual's streams are kept for nothing
+        return blocks, 0
+    if z.fused:  # a mean square, but no pre that no later read wants
+        blocks += 4 * 2 * m.layers * (1 if z.spec.carried else 1 - z.spec.streams)
+    return blocks - (2 * m.layers - z.groups) * streams, (2 * z.every - 1) * streams
+
+
+def _of_attention(z: Sizes) -> int:
+    """Bytes per token and block: logsumexp; without fused attention the probabilities too."""
+    heads = z.config.model.heads // z.model
+    return 4 * heads + (2 * heads * z.length * z.bytes if z.bytes != 2 else 0)
 
 
 def _head_bytes(z: Sizes) -> int:

@@ -104,9 +104,10 @@ def seconds(config: Config, device: str) -> Seconds:
     tokens, blocks = z.tokens * z.micro, m.layers * z.micro
     # 2 FLOPs of a product: forward, twice backward.
     products = tokens * (6 * (z.matrices + m.width * z.vocab) + 2 * _matrices_again(z))
-    # Causal: half of T; backward has five products to the forward's two, which are made again
-    # also where their output is kept: backward wants the sums of the softmax too.
-    scores = (9 if z.recomputed else 7) * tokens * m.layers * z.length * z.queries
+    # Causal: half of T; backward has five products to the forward's two, made again where
+    # they are not fused and so not kept.
+    again = z.recomputed == "blocks" or (z.recomputed and z.bytes != 2)
+    scores = (9 if again else 7) * tokens * m.layers * z.length * z.queries
     newton = _newton_schulz(z) if config.optim.name == "muon" else 0
     attention = ATTENTION * min(1.0, m.width / m.heads / 128)
     speed = BANDWIDTH * kind.bandwidth
@@ -134,7 +135,7 @@ def _passed_bytes(z: Sizes) -> int:
     gated = m.mlp == "swiglu"
     numbers = 10 * D + 4 * D + 5 * (z.queries + z.keys)
     numbers += 3 * D + 8 * z.hidden if gated else 5 * z.hidden
-    if z.recomputed:
+    if z.recomputed == "blocks":
         numbers += 4 * D + 2 * (z.queries + z.keys) + (3 if gated else 2) * z.hidden
     block = numbers * z.bytes
     logits = 3 * z.vocab * z.bytes  # read for the sum; read and written for the cotangent
@@ -166,7 +167,7 @@ def _on_streams(z: Sizes, kind: train.Device) -> float:
         backward += N + 1  # the cotangent of pre by a pass of its own
     forward = project + read + write
     passes = sublayers * (forward + backward)
-    # The last streams of a group are there, or nobody wants them; the residual's are what is read.
+    # The last streams of a group are there, or nobody wants them; the residual's never.
     if z.recomputed == "blocks":
         passes += sublayers * forward - z.groups * write
     elif z.recomputed and not z.fixed:
