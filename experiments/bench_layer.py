@@ -172,7 +172,9 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for at, row in enumerate(rows):
         axes.barh(at, row["bandwidth"], color=colors[row["implementation"]])
         label = f" {row['both_ms']:.3f} ms, {row['both_floor']:.2f} x floor"
-        axes.text(0, at, label, va="center", fontsize=8, color="white")
+        inside = row["bandwidth"] > 1
+        place, color = (0, "white") if inside else (row["bandwidth"], "black")
+        axes.text(place, at, label, va="center", fontsize=8, color=color)
     labels = [f"{r['connection']} {r['shape']} {r['implementation']}" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     speed = rows[0]["bandwidth"] * rows[0]["both_floor"]

@@ -20,8 +20,9 @@ __all__ = ["Sinkhorn"]
 
 AXES = {"rows": -1, "columns": -2}  # the axis that a marginal sums over
 # Entries of iterates alive in one chunk of the backward pass: 4 MiB in float32. Smaller chunks
-# make more loops, larger ones let memory grow with the iterations.
-CHUNK_ELEMENTS = 1 << 20
+# make more loops, larger ones let memory grow with the iterations. On a GPU, where every operation
+# of a loop is a launch, 128 MiB.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "gpu": 1 << 25}
 CONVERGED = 1e-6  # distance from the fixed point up to which the gradient may be implicit
 SURE = 1e-12  # eps from which (eps / N)^2 is far above the smallest float32
 GRADIENTS = ("auto", "unrolled", "implicit", "autodiff")
@@ -195,7 +196,8 @@ def _scaled_backward(spec: Sinkhorn, logits: jax.Array, cotangent: jax.Array) ->
     flat = [a.reshape(-1, streams, streams) for a in (logits, cotangent)]
     count = flat[0].shape[0]
     # Each pair of normalisations keeps about eight arrays of the size of its matrices.
-    fitting = CHUNK_ELEMENTS // (8 * spec.iterations * streams**2)
+    room = CHUNK_ELEMENTS["gpu" if jax.default_backend() == "gpu" else "cpu"]
+    fitting = room // (8 * spec.iterations * streams**2)
     chunk = count if spec.gradient == "implicit" else min(count, max(fitting, 1))
     if chunk >= count:
         return (_pull(spec, *flat).reshape(logits.shape),)
