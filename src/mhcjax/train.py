@@ -2,7 +2,8 @@
 
 `program(config, mesh)` compiles nothing: it holds the jitted `init`, `train_step`, `eval_step` and
 `probe` of one config on one mesh. A batch is tokens[A, B, T + 1]: A micro-batches are accumulated
-inside the step, on each device its own rows; the gradients are then summed over `data` once.
+inside the step, on each device its own rows, or its own positions of them; the gradients are then
+summed over `data` and `sequence` once.
 
 Axis key: A micro-batch, B batch, T position, V vocabulary, L sublayer.
 """
@@ -144,7 +145,7 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
     >>> check_mesh(Config(), sharding.make_mesh(1, 1))
     """
-    m, model, data = config.model, mesh.shape["model"], mesh.shape["data"]
+    m = config.model
     params = gpt.abstract_params(m)
     over_model = {
         "model.heads": m.heads,
@@ -155,7 +156,10 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     over_data = {"data.batch": config.data.batch}
     if config.mesh.shard_params:
         over_data["model.width"] = m.width
-    for axis, parts, sizes in (("model", model, over_model), ("data", data, over_data)):
+    over_sequence = {"data.length": config.data.length}
+    split = {"model": over_model, "sequence": over_sequence, "data": over_data}
+    for axis, sizes in split.items():
+        parts = mesh.shape[axis]
         for name, size in sizes.items():
             if size % parts:
                 fits = sharding.divisors(*sizes.values(), most=mesh.size)
@@ -172,7 +176,7 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
 def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> State:
     """Shape, dtype and sharding of every array of the state; none is allocated, no device needed.
 
-    >>> state = abstract_state(Config(), AbstractMesh((64, 8), ("data", "model")))
+    >>> state = abstract_state(Config(), AbstractMesh((64, 1, 8), sharding.AXES))
     >>> head = state.params["head"]
     >>> head.shape, head.sharding.shard_shape(head.shape)
     ((128, 4096), (128, 512))
@@ -203,7 +207,8 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype is float64 but JAX runs in 32 bit: set JAX_ENABLE_X64=1")
     if mesh is None:
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+        m = config.mesh
+        mesh = sharding.make_mesh(m.data, m.model, sequence=m.sequence)
     graphdef = gpt.graph(config.model)
     check_mesh(config, mesh)
     spec = gpt.connection_of(config.model)
@@ -230,7 +235,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
 
     def micro_batches(params: Any, batch_ABT: jax.Array) -> tuple[Any, Any]:
         """-> ((loss, cross-entropy), gradients), means over the batch."""
-        params = sharding.gather(params, specs)
+        params, batch_ABT = sharding.gather(params, specs), sharding.piece(batch_ABT)
         micro = jax.value_and_grad(loss, has_aux=True)
         if batch_ABT.shape[0] == 1:
             found = micro(params, batch_ABT[0])
@@ -242,7 +247,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             shapes = jax.eval_shape(micro, params, batch_ABT[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             found, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
-        parts = batch_ABT.shape[0] * sharding.ways("data")
+        parts = batch_ABT.shape[0] * sharding.ways("data") * sharding.ways("sequence")
         sums = sharding.reduce(found, ((PartitionSpec(), PartitionSpec()), specs))
         return jax.tree.map(lambda a: a / parts, sums) if parts > 1 else sums
 
