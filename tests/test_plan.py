@@ -89,6 +89,19 @@ def test_memory_by_hand():
     assert remat.temporary == max(found.temporary, found.activations // 2)
 
 
+def test_memory_of_pieces_by_hand():
+    """A row of 1,024 tokens in four pieces: keys and values of all of it are kept, the rotated keys
+    of the piece besides, and one mask as a bias with its gradient; all else is of 256 tokens."""
+    rows = changed(data__length=256, mesh__data=2)
+    whole, pieces = costs.memory(rows), costs.memory(changed(mesh__data=2, mesh__sequence=4))
+    for part in ("parameters", "optimizer", "gradients", "narrow", "temporary"):
+        assert getattr(pieces, part) == getattr(whole, part), part
+    numbers = 12 * 32 * 768 * (2 * 1024 - 2 * 256 + 256)
+    assert pieces.activations - whole.activations == 2 * (numbers + 2 * 256 * 1024)
+    remat = costs.memory(changed(mesh__data=2, mesh__sequence=4, model__remat=True))
+    assert remat.activations == 2 * (12 * 32 * 256 * 4 * 768 + 2 * 256 * 1024)
+
+
 def test_streams_multiply_what_is_saved_and_nothing_else():
     """(N + 1) D numbers a sublayer and token: 7.2 GB at N=2, 12.1 GB at N=4, in the 124M shape."""
     held = {
@@ -149,9 +162,38 @@ def test_time_of_a_ring_by_hand():
     assert took.communication == (took.model + took.data) / took.total
 
 
+def test_time_of_pieces_by_hand():
+    """4 x 2 x 2 H200 on two hosts: `sequence` and `model` within one, `data` over both."""
+    config = changed(mesh__data=4, mesh__sequence=2, mesh__model=2, mesh__shard_params=True)
+    took, found = plan.seconds(config, "h200"), costs.collectives(config)
+    assert {c.axis for c in found} == {"data", "sequence", "data+sequence", "model"}
+    both = [c for c in found if c.what == "keys and values"]
+    assert [c.count for c in both] == [2 * 12] * 2
+    assert {c.bytes for c in both} == {24 * 16 * 1024 * 384 * 2}
+    shares = [c for c in found if c.axis == "sequence" and c.what == "gradients"]
+    near, far = 0.82 * 450e9, 0.82 * 2 * 50e9  # of a group of `data`, two are within a host
+    wanted = sum(c.bytes for c in both) / 2 / near + 2 * 24 * plan.LATENCY
+    assert math.isclose(took.sequence, wanted + sum(c.bytes for c in shares) / near)
+    wanted = (
+        sum(
+            c.bytes * (1.5 if c.kind == "all-reduce" else 0.75)
+            for c in found
+            if c.axis == "data" and c.what != "norm"
+        )
+        / far
+    )
+    norms = sum(c.bytes for c in found if c.axis == "data" and c.what == "norm") * 1.5 / far
+    joint = sum(c.bytes for c in found if c.axis == "data+sequence") * 2 * 7 / 8 / (0.82 * 4 * 50e9)
+    assert math.isclose(took.data, wanted + norms + joint)
+    assert took.communication == (took.model + took.sequence + took.data) / took.total
+    # The same tokens on each device, every query against the whole row, whichever piece it is in.
+    whole = plan.seconds(changed(mesh__data=8, mesh__model=2, mesh__shard_params=True), "h200")
+    assert took.attention == 2 * whole.attention and took.matmul == whole.matmul
+
+
 def test_what_must_hold_of_any_plan():
     one = plan.seconds(BASE, "h200")
-    assert one.model == one.data == one.communication == 0
+    assert one.model == one.sequence == one.data == one.communication == 0
     assert one.total == sum(getattr(one, f.name) for f in dataclasses.fields(one))
     # The same rows on each of eight devices: what is local takes as long, the sum comes on top.
     weak = plan.seconds(changed(mesh__data=8, data__batch=512), "h200")
@@ -205,6 +247,9 @@ def test_info_of_a_mesh(capsys):
     assert main(["info", "--mesh", "data=8,model=2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["devices"] == 16 and "predicted MFU" not in rows and "fits" not in rows
+    assert main(["info", "--mesh", "data=4,sequence=2,model=1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["devices"] == 8 and rows["mesh"] == "data 4 x sequence 2 x model 1"
     # A TPU's links are not in the table: what fits is said, what it takes is not.
     assert main(["info", "--mesh", "data=8", "--device", "v5p", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -224,6 +269,11 @@ def test_info_of_a_mesh(capsys):
         (
             ["--mesh", "model=3"],
             "model.heads, 4, does not divide by mesh.model 3: give mesh.model one of [1, 2]",
+        ),
+        (
+            ["--mesh", "data=4,sequence=3"],
+            "data.length, 128, does not divide by mesh.sequence 3: "
+            "give mesh.sequence one of [1, 2, 4, 8]",
         ),
         (["--mesh", "data=2", "--device", "abacus"], "'abacus' fits 0 known kinds"),
     ],
