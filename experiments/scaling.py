@@ -276,7 +276,6 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
   masks by position and skips nothing, so that all take as long as the last: with many pieces twice
   the attention of whole rows. On a GPU the mask is a bias of [length / sequence, length] numbers,
   beside its gradient: not measured.
-- Evaluation and the probe of the streams are not split over `sequence`.
 
 ## Where mHC changes the answer
 

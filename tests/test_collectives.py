@@ -202,6 +202,23 @@ def test_every_kind_of_model_in_pieces(changes):
     check(config_of(2, 2, 2, **changes))
 
 
+def test_evaluation_and_probe_of_pieces():
+    """Of whole rows they too hold nothing but tokens, keys and values."""
+    config = config_of(2, 2, 2)
+    program = train.program(config)
+    params = program.abstract_state.params
+    tokens = jax.ShapeDtypeStruct((6, 13), "int32")
+    bytes_V = jax.ShapeDtypeStruct((1000,), "int32")
+    for step in (
+        program.eval_step.lower(params, tokens, bytes_V),
+        program.probe.lower(params, tokens),
+    ):
+        text = step.compile().as_text()
+        held = set(re.findall(r"f32\[3,12,([\d,]+)\]", text))
+        assert held and held == {"2,8"}
+        assert "f32[3,6,4,32]" in text
+
+
 def test_a_head_in_chunks(monkeypatch):
     """Four chunks of three positions: as many maxima and sums, of a quarter each."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 3 * 512)

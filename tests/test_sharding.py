@@ -364,7 +364,11 @@ def test_arrays_lie_as_declared_before_and_after_a_step(mesh, share):
     assert all(a.is_deleted() for a in jax.tree.leaves(before))
 
 
-@pytest.mark.parametrize("mesh", [(4, 2, True), SEQUENCES[0]], ids=identity)
+@pytest.mark.parametrize(
+    "mesh",
+    [(4, 2, True), SEQUENCES[0], pytest.param(SEQUENCES[2], marks=pytest.mark.slow)],
+    ids=identity,
+)
 def test_evaluation_and_probe_on_eight_devices(mesh):
     """Float64: sums over the batch in another order, 1e-12."""
     found = {}

@@ -27,6 +27,7 @@ __all__ = [
     "first_of",
     "gather",
     "make_mesh",
+    "mean",
     "partition",
     "piece",
     "reduce",
@@ -237,6 +238,20 @@ def _total(y: jax.Array) -> jax.Array:
 _total.defvjp(lambda y: (jax.lax.psum(y, "model"), None), lambda _, dy: (dy,))
 
 
+def mean(tree: Any) -> Any:
+    """The mean over `data` and `sequence` of every leaf: of means over parts of one size.
+
+    >>> mean({"a": 1.0})
+    {'a': 1.0}
+    """
+    axes = _token_axes()
+    return jax.lax.pmean(tree, axes) if axes else tree
+
+
+def _token_axes() -> list[str]:
+    return [axis for axis in ("data", "sequence") if ways(axis) > 1]
+
+
 def gather(tree: Any, specs: Any) -> Any:
     """Every leaf that its spec splits over `data`, whole along that dimension.
 
@@ -259,7 +274,7 @@ def reduce(tree: Any, specs: Any) -> Any:
     >>> reduce({"a": jax.numpy.ones(2)}, {"a": PartitionSpec()})["a"].tolist()
     [1.0, 1.0]
     """
-    axes = [axis for axis in ("data", "sequence") if ways(axis) > 1]
+    axes = _token_axes()
 
     def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         if "data" not in spec or "data" not in axes:

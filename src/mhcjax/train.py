@@ -230,6 +230,11 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     batches = NamedSharding(mesh, PartitionSpec(None, "data", None))
     rows = NamedSharding(mesh, PartitionSpec("data", None))
 
+    def by_hand(f: Callable, tokens: PartitionSpec, out_specs: Any) -> Callable:
+        """`f(params, tokens)` on each device's own part of both."""
+        options = {"mesh": mesh, "in_specs": (specs, tokens), "out_specs": out_specs}
+        return jax.shard_map(f, **options, check_vma=False)
+
     def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return losses(nnx.merge(graphdef, params), tokens_BT, z_loss=config.optim.z_loss)
 
@@ -252,13 +257,8 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         return jax.tree.map(lambda a: a / parts, sums) if parts > 1 else sums
 
     if mesh.size > 1:
-        micro_batches = jax.shard_map(
-            micro_batches,
-            mesh=mesh,
-            in_specs=(specs, batches.spec),
-            out_specs=((PartitionSpec(), PartitionSpec()), specs),
-            check_vma=False,
-        )
+        sums = ((PartitionSpec(), PartitionSpec()), specs)
+        micro_batches = by_hand(micro_batches, batches.spec, sums)
 
     def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
         (total, ce), gradients = micro_batches(state.params, batch_ABT)
@@ -290,12 +290,16 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             "skipped_in_row": after.skipped_in_row,
         }
 
-    def eval_step(params: Any, tokens_BT: jax.Array, bytes_V: jax.Array) -> dict:
-        """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
+    def predict(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params, tokens_BT = sharding.gather(params, specs), sharding.piece(tokens_BT)
         model = nnx.merge(graphdef, params)
         h, _ = model.features(tokens_BT[:, :-1])
+        return head.predict(h, model.head_weight(), tokens_BT[:, 1:], model.head_spec)
+
+    def eval_step(params: Any, tokens_BT: jax.Array, bytes_V: jax.Array) -> dict:
+        """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
         inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        nll, predicted = head.predict(h, model.head_weight(), targets, model.head_spec)
+        nll, predicted = predict(params, tokens_BT)
         copy = diagnostics.copy_rate(predicted, inputs, targets)
         return {
             "nll": jnp.sum(nll),
@@ -307,9 +311,10 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
 
     def probe(params: Any, tokens_BT: jax.Array) -> dict:
         """Per sublayer: cosines, effective streams, entropy, largest |gradient| of each leaf."""
+        params, tokens_BT = sharding.gather(params, specs), sharding.piece(tokens_BT)
         records, last = nnx.merge(graphdef, params).trace(tokens_BT[:, :-1])
         gradients = jax.grad(lambda p: loss(p, tokens_BT)[0])(params)
-        return {
+        means = {
             "cosine_operand": jnp.stack([diagnostics.stream_cosine(r.operand) for r in records]),
             "cosine_streams": jnp.stack(
                 [diagnostics.stream_cosine(r.x) for r in records[1:]]
@@ -320,10 +325,18 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             ),
             "entropy": jnp.stack([diagnostics.entropy(r.mix.res) for r in records]),
             "gradients": {
-                f"{layer}.{leaf}": jnp.max(jnp.abs(g))
+                f"{layer}.{leaf}": g
                 for layer, _, leaf, g in gpt.sublayer_leaves(gradients, config.model)
             },
         }
+        means = sharding.mean(means)
+        largest = {name: jnp.max(jnp.abs(g)) for name, g in means["gradients"].items()}
+        return means | {"gradients": largest}
+
+    # Elsewhere the partitioner splits these as well; it would not split a row of a long context.
+    if mesh.shape["sequence"] > 1:
+        predict = by_hand(predict, rows.spec, PartitionSpec("data", "sequence"))
+        probe = by_hand(probe, rows.spec, PartitionSpec())
 
     return Program(
         config=config,
