@@ -411,6 +411,8 @@ def test_make_mesh(data, sequence, model, shape):
         (0, 1, 1, "mesh data=0, model=1: give at least 1 for each"),
         (1, -2, 1, "mesh data=1, model=-2: give at least 1 for each"),
         (1, 1, 0, "mesh data=1, sequence=0, model=1: give at least 1 for each"),
+        (None, 1, 0, "mesh sequence=0, model=1: give at least 1 for each"),
+        (None, 1, 3, "mesh.sequence 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
         (None, 3, 1, "mesh.model 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
         (
             None,

@@ -60,10 +60,10 @@ def make_mesh(
     count, others = len(devices), sequence * model
     if data is None:
         if count % others:
-            split = f"mesh.sequence {sequence} x " if sequence > 1 else ""
+            split = {"mesh.sequence": sequence, "mesh.model": model}
             raise ValueError(
-                f"{split}mesh.model {model} does not divide the {count} devices: "
-                f"use one of {divisors(count)}"
+                f"{' x '.join(f'{axis} {n}' for axis, n in split.items() if n > 1)} does not "
+                f"divide the {count} devices: use one of {divisors(count)}"
             )
         data = count // others
     size, sizes = data * others, _named(data, sequence, model, " x ")
@@ -88,9 +88,9 @@ def make_mesh(
 
 
 def _named(data: int | None, sequence: int, model: int, between: str) -> str:
-    """The sizes in words; `sequence` only where it splits anything."""
+    """The sizes that are given, in words; `sequence` only where it splits anything."""
     sizes = zip(AXES, (data, sequence, model), strict=True)
-    return between.join(f"{a}={n}" for a, n in sizes if a != "sequence" or n != 1)
+    return between.join(f"{a}={n}" for a, n in sizes if n is not None and (a, n) != ("sequence", 1))
 
 
 def divisors(*sizes: int, most: int | None = None) -> list[int]:
