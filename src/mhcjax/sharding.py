@@ -248,8 +248,8 @@ def mean(tree: Any) -> Any:
     return jax.lax.pmean(tree, axes) if axes else tree
 
 
-def _token_axes() -> list[str]:
-    return [axis for axis in ("data", "sequence") if ways(axis) > 1]
+def _token_axes() -> tuple[str, ...]:
+    return tuple(axis for axis in ("data", "sequence") if ways(axis) > 1)
 
 
 def gather(tree: Any, specs: Any) -> Any:
