@@ -33,7 +33,8 @@ GPUS = (1, 8, 64, 512, 4096)
 DYNAMIC = "deepseek_v4"  # N=4, its mix of every token's own streams
 # Shape: tokens of one update, as models of that size are trained with.
 TOKENS = {"gpt2_124m": 1 << 19, "gpt_1b3": 1 << 20, "gpt_7b": 1 << 22, "gpt_27b": 1 << 22}
-RECORDED = Path(__file__).parent / "results" / "model_h200.json"
+RESULTS = Path(__file__).parent / "results"
+RECORDED = ("model_h200.json", "model_kernels_h200.json")  # steps of one GPU
 LONG = ("gpt_7b", 1 << 17, 64, (1, 2, 4, 8))  # a long context: length, GPUs, pieces of a row
 SPARE = 0.9  # of the memory that a plan may fill: NCCL, fragments and the estimate's own error
 
@@ -70,7 +71,7 @@ def candidates(config: Config, gpus: int, tokens: int) -> Iterator[Config]:
         shardable = data > 1 and config.model.width % data == 0
         for micro in (1 << k for k in range(rows.bit_length())):
             for shard in (False, True) if shardable else (False,):
-                for remat in (False, True):
+                for again in ({}, {"model.remat": True}, {"model.remat_streams": True}):
                     yield override(
                         config,
                         {
@@ -78,7 +79,7 @@ def candidates(config: Config, gpus: int, tokens: int) -> Iterator[Config]:
                             "mesh.sequence": sequence,
                             "mesh.model": model,
                             "mesh.shard_params": shard,
-                            "model.remat": remat,
+                            **again,
                             "data.batch": data * rows // micro,
                             "data.micro_batches": micro,
                         },
@@ -103,11 +104,11 @@ def limit(choice: Choice) -> str:
         "sums over model": took.model,
         "keys and values over sequence": took.sequence,
         "gradients over data": took.data,
-        "passes over the streams": took.passes,
+        "passes over the streams": took.streams,
+        "other passes": took.passes,
         "recomputing": took.matmul / 4 if choice.config.model.remat else 0.0,
         "gaps between kernels": took.gaps,
         "attention": took.attention,
-        "the float32 projection": took.projection,
     }
     return max(named, key=lambda name: named[name])
 
@@ -117,6 +118,7 @@ def _mesh(config: Config) -> str:
     words = [f"{mesh.data} x {mesh.sequence} x {mesh.model}"]
     words += ["sharded"] if config.mesh.shard_params else []
     words += ["remat"] if config.model.remat else []
+    words += ["streams again"] if config.model.remat_streams else []
     return ", ".join(words)
 
 
@@ -167,7 +169,7 @@ def page() -> str:
         long_length=LONG[1],
         long_rows="\n".join(_long()),
         measured=_measured(),
-        recorded=RECORDED.name,
+        recorded=" and ".join(f"`experiments/results/{name}`" for name in RECORDED),
         connection=DYNAMIC,
         spare=SPARE,
         peak=kind.peak_flops / 1e12,
@@ -179,6 +181,8 @@ def page() -> str:
         matmul=plan.MATMUL,
         attention=plan.ATTENTION,
         passes=plan.BANDWIDTH,
+        kernels=plan.KERNELS,
+        coefficients=1e12 * sum(plan.COEFFICIENTS),
         projection=plan.PROJECTION,
         reached=plan.LINK,
     )
@@ -207,7 +211,7 @@ def _measured() -> str:
         "| shape | connection | optimizer | step ms | predicted | peak GB | predicted |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in json.loads(RECORDED.read_text()):
+    for row in (r for name in RECORDED for r in json.loads((RESULTS / name).read_text())):
         changes = {"mesh.data": 1, "optim.name": row["optimizer"]}
         config = config_of(row["shape"], row["connection"], changes)
         took, held = plan.seconds(config, DEVICE).total, costs.memory(config).peak
@@ -243,7 +247,8 @@ the last column but one: the plain residual, with its own fastest mesh.
 {rows}
 
 "sharded": parameters and optimizer over `data`. "remat": each block is made again in the
-backward pass. "exchanging": the share of the step that is communication.
+backward pass; "streams again": `model.remat_streams`. "exchanging": the share of the step that is
+communication.
 
 ## What stops it
 
@@ -280,11 +285,14 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 ## Where mHC changes the answer
 
 - **Memory.** Each sublayer saves its N streams and its output: (N + 1) D numbers a token where
-  the residual saves none. Recomputing blocks saves N D a block in place of D.
-- **Time.** Streams are read and written 9 N + 5 times a sublayer and token, forward and
-  backward, the residual 6 times. These passes are bound by the memory's bandwidth, and every
-  part of `model` makes all of them: streams are whole there. So mHC is dearest on meshes with a
-  large `model`, and cheapest where communication takes the time anyway.
+  the residual saves none. Recomputing blocks saves N D a block in place of D. Recomputing
+  streams alone saves N D a group of blocks and what the branches' products made, which costs
+  no product of a matrix a second time.
+- **Time.** A static mix passes over 9 N + 5 arrays of the width a sublayer and token, forward
+  and backward, the kernels of a dynamic one over 11 N + 6, the residual over 6. These passes are
+  bound by the memory's bandwidth, and every part of `model` makes all of them: streams are whole
+  there. So mHC is dearest on meshes with a large `model`, and cheapest where communication takes
+  the time anyway.
 - **Communication: nothing.** Streams are mixed where their token lies. A sublayer exchanges
   [batch, length, width] for any N; gradients of the mixing parameters are the only bytes that
   are added.
@@ -299,9 +307,11 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
   NVLink (a maintainer in NVIDIA/nccl-tests, issue 212). Rings; no in-network sums.
 - Products run at {matmul:.0%} of the peak, attention at {attention:.0%} (heads of 128), kernels
   that only pass over arrays at {passes:.0%} of the bandwidth: fitted to one step of the 124M
-  shape. The projection of a dynamic mix, in float32, at {projection:.0%} of the bfloat16 peak:
-  not measured.
-- A dynamic mix keeps its streams in bfloat16 and its coefficients, as fused kernels do. Plain
+  shape. The kernels of a dynamic mix (docs/kernels.md) reach {kernels:.0%} of it, and its
+  coefficients take {coefficients:.0f} ps a token and logit: fitted to one step with `{connection}`.
+  Without kernels its projection, in float32, runs at {projection:.0%} of the bfloat16 peak: not
+  measured.
+- A dynamic mix keeps its streams in bfloat16 and its coefficients, as the kernels do. Plain
   array operations may keep a float32 copy of the streams besides.
 - At most {spare:.0%} of the memory is planned for. Nothing overlaps: exchanges are added to the
   rest.
@@ -309,7 +319,7 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 
 ## Predicted beside measured
 
-One {device}, `experiments/results/{recorded}`:
+One {device}, {recorded}:
 
 {measured}
 """
@@ -652,6 +662,14 @@ def scale(args: argparse.Namespace) -> int:
         print(f"{left} rows are left after {args.minutes:g} minutes: call again, they go on")
     print(f"written: {args.out}")
     return 1 if left or any(line.startswith("FAIL") for line in verdicts) else 0
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environments of so many processes, each with one device of this machine to itself."""
+    platform, there = _there(max(1, count))
+    if not 1 <= count <= there:
+        raise ValueError(f"--jobs {count}: {there} devices are here; give 1 to {there}")
+    return [_environment(index, 1, platform) for index in range(count)]
 
 
 def _there(host_devices: int) -> tuple[str, int]:

@@ -164,6 +164,16 @@ def test_every_mesh(case):
     [
         {"model.connection.preset": "residual", "model.remat": True},
         {"model.remat": True},
+        {"model.remat_streams": True},
+        pytest.param(
+            {
+                "model.connection.preset": "deepseek_v4",
+                "model.remat_streams": True,
+                "model.walk": "scan",
+                "model.layers": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
         {"model.connection.preset": "deepseek_v4", "mesh.shard_params": True},
         pytest.param({"model.connection.preset": "hc", "model.layers": 2}, marks=pytest.mark.slow),
         pytest.param({"model.connection.preset": "single_pass"}, marks=pytest.mark.slow),
@@ -224,6 +234,20 @@ def test_a_head_in_chunks(monkeypatch):
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 3 * 512)
     found = check(config_of(4, 2))
     assert found[collectives.Collective("all-reduce", "model", "f32", (3, 3))] == 3 * 4
+
+
+@pytest.mark.parametrize("preset", ["residual", "mhc_n4"])
+def test_streams_made_again_in_groups(monkeypatch, preset):
+    """Three blocks and one: all sums are made again, but for the last of a group where no
+    coefficient wants it."""
+    monkeypatch.setattr(gpt, "group_size", lambda config, streams: 3)
+    config = config_of(
+        4, 2, **{"model.connection.preset": preset, "model.remat_streams": True, "model.layers": 4}
+    )
+    found = check(config)
+    stream = collectives.Collective("all-reduce", "model", "f32", (3, 12, 32))
+    again = 8 - 2 if preset == "residual" else 8
+    assert found[stream] == 1 + 4 * 4 + 1 + again
 
 
 @pytest.mark.slow

@@ -833,6 +833,64 @@ def test_a_row_of_the_bench(tmp_path):
     assert found["parameters"] == gpt.count(gpt.abstract_params(config.model))
     assert found["predicted_gb"] * 1e9 > 4 * 2 * found["parameters"]  # weights and a momentum
     assert found["mfu"] is None and found["config"]["model"]["vocab"] == 128
+    held = found["plan"]["memory"]
+    assert found["compiled"]["aliased"] == held["parameters"] + held["optimizer"]
+    assert found["plan"]["seconds"] is None  # of a CPU
+    # Both beside the state, which is more than what either leaves.
+    assert 0 < found["plan_working_gb"] < found["working_gb"] < 3 * found["plan_working_gb"]
+
+
+def asked(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", "model", *map(str, arguments)])
+    return bench.main()
+
+
+def test_variants_and_rows_side_by_side(monkeypatch, tmp_path, capsys):
+    """Each row once, two at a time and never two on one device; written in the order asked."""
+    running, most, seen = set(), [], []
+
+    def made(request, environment):
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        assert device not in running
+        running.add(device)
+        most.append(len(running))
+        time.sleep(0.3 if request["connection"] == "residual" else 0.05)
+        running.remove(device)
+        seen.append((request["connection"], request["variant"]))
+        remat = float(request["changes"].get("model.remat") == "true")
+        named = {name: request[name] for name in ("shape", "connection", "variant")}
+        working = {"working_gb": 2.0, "plan_working_gb": 1.9}
+        return {**named, **working, "optimizer": "muon", "step_ms": 10 + remat, "plan_ms": 12.0}
+
+    places = [{"CUDA_VISIBLE_DEVICES": str(k)} for k in range(2)]
+    monkeypatch.setattr(bench.scaling, "places", lambda count: places[:count])
+    monkeypatch.setattr(bench, "row_process", made)
+    out = tmp_path / "rows.json"
+    variants = ["", "model.remat=true", "model.layers=0", "model.remat=true,model.layers=3"]
+    connections = ["--connections", "residual", "mhc_n2"]
+    assert asked(monkeypatch, *connections, "--variants", *variants, "--jobs", 2, "--out", out) == 0
+    wanted = [(c, v) for c in connections[1:] for v in variants if v != "model.layers=0"]
+    assert sorted(seen) == sorted(wanted) and seen != wanted and max(most) == 2
+    assert [(r["connection"], r["variant"]) for r in json.loads(out.read_text())] == wanted
+    printed = capsys.readouterr().out
+    assert printed.count("left out: cpu_tiny") == 2 and "model.layers is 0" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("| cpu_tiny | mhc_n2 | m")]
+    assert "| +9.1% | 2.00 | 1.90 | -5.0% |" in rows[0] and "| 0.0% |" in rows[-1]
+
+
+def test_a_mesh_of_one_beside_none(monkeypatch, tmp_path):
+    """The same function from the same weights on the same batches: the same losses, to the bit."""
+    out, tiny = tmp_path / "mesh.json", ["model.vocab=128", "data.length=16"]
+    call = ["mesh", "--set", *tiny, "--windows", "3", "--steps", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench", *call])
+    assert bench.main() == 0
+    row = json.loads(out.read_text())
+    assert set(row["seconds"]) == {"1x1 mesh", "no mesh"}
+    assert all(len(windows) == 3 for windows in row["seconds"].values())
+    first, second = (np.median(row["seconds"][name]) for name in ("1x1 mesh", "no mesh"))
+    assert row["ratio"] == pytest.approx(second / first)
+    losses = list(row["last_loss"].values())
+    assert losses[0] == losses[1] < np.log(128) + 1
 
 
 @pytest.mark.parametrize(
@@ -841,6 +899,8 @@ def test_a_row_of_the_bench(tmp_path):
         (["--shapes", "huge"], "unknown shape 'huge': choose one of cpu_tiny"),
         (["--set", "optim.nmae=sgd"], "unknown field 'optim.nmae': did you mean optim.name?"),
         (["--set", "optim.name"], "--set optim.name: write FIELD=VALUE"),
+        (["--variants", "", "model.remt=true"], "unknown field 'model.remt': did you mean model"),
+        (["--jobs", "0"], "--jobs 0: 1 devices are here; give 1 to 1"),
     ],
 )
 def test_bad_arguments_of_the_bench(monkeypatch, capsys, arguments, message):

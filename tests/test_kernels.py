@@ -404,7 +404,7 @@ def half_of_the_tokens(project_backward):
     """In the gradient of the projection; dx is that of all."""
 
     def wrong(x, w, dz, *rest):
-        half = dz.at[len(dz) // 2 :].set(0)
+        half = dz.at[:, dz.shape[1] // 2 :].set(0)
         return project_backward(x, w, dz, *rest)[0], project_backward(x, w, half, *rest)[1]
 
     return wrong

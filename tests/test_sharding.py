@@ -256,11 +256,12 @@ def from_zero(positions_BT):
     "wrong", ["rotations", "mask", pytest.param("tokens", marks=pytest.mark.slow)]
 )
 def test_a_piece_that_counts_from_zero_is_caught(monkeypatch, wrong):
-    wanted, rope, seen = alone("sgd", "float32"), layers.rope, gpt._seen
+    wanted, rope, attend = alone("sgd", "float32"), layers.rope, layers.attend
     if wrong == "rotations":
         monkeypatch.setattr(layers, "rope", lambda x, at, *rest: rope(x, from_zero(at), *rest))
     elif wrong == "mask":
-        monkeypatch.setattr(gpt, "_seen", lambda keys, at: seen(keys, from_zero(at)))
+        own = jnp.tril(jnp.ones((8 // SEQUENCES[0][3], 8), bool))[None, None]
+        monkeypatch.setattr(layers, "attend", lambda q, k, v, mask: attend(q, k, v, mask=own))
     else:
         size = 8 // SEQUENCES[0][3] + 1
         monkeypatch.setattr(sharding, "piece", lambda tokens: tokens[..., :size])

@@ -21,6 +21,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mhcjax import coefficients, kernels
 from mhcjax.coefficients import Dynamic, Fixed, Params, Static, check_choice
@@ -41,6 +42,8 @@ __all__ = [
     "write",
 ]
 
+# What `jax.checkpoint` may keep by name where streams are made again: far smaller than they are.
+MIX, READ = kernels.MIX, "read"
 IMPLEMENTATIONS = (None, "pallas", "xla", "reference")
 
 
@@ -159,8 +162,8 @@ class _OfProducts:
 def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...]:
     """The arguments of `kernels.mix` and `kernels.mix_and_read`."""
     c = cast(Dynamic, spec.coefficients)
-    w, bias = coefficients.linear(c, spec.sizes, spec.streams, ready)
-    return _OfProducts(spec, spec.streams * x.shape[-1]), x, w, bias
+    linear = coefficients.linear(c, spec.sizes, spec.streams, ready)
+    return _OfProducts(spec, spec.streams * x.shape[-1]), x, *linear
 
 
 def _implementation(implementation: str | None, spec: Connection, ready: Any, x: Any) -> str:
@@ -320,12 +323,17 @@ def _passed(
     if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
         if isinstance(spec.coefficients, Dynamic):
             x, u, *m = kernels.mix_and_read(*_on_kernels(spec, ready, x))
-            return x, Mix(*m), u
-        m = mix(spec, params, x, implementation=implementation)
+            return x, _named(Mix(*m), MIX), _named(u, READ)
+        m = _named(mix(spec, params, x, implementation=implementation), MIX)
         x, u = kernels.read_on(x, m.pre)
-        return x, m, u
-    m = mix(spec, params, x, implementation=implementation)
-    return x, m, read(x, m, implementation=implementation)
+        return x, m, _named(u, READ)
+    m = _named(mix(spec, params, x, implementation=implementation), MIX)
+    return x, m, _named(read(x, m, implementation=implementation), READ)
+
+
+def _named(arrays: Any, name: str) -> Any:
+    """The same, with a name for `jax.checkpoint` to keep it by."""
+    return jax.tree.map(lambda a: checkpoint_name(a, name), arrays)
 
 
 def connect(
@@ -430,8 +438,8 @@ def _passed_mix(
     dynamic = ready is not None and isinstance(spec.coefficients, Dynamic)
     if dynamic and _implementation(implementation, spec, ready, x) == "pallas":
         x, *m = kernels.mix(*_on_kernels(spec, cast(Params, ready), x))
-        return x, Mix(*m)
-    return x, mix(spec, params, x, implementation=implementation)
+        return x, _named(Mix(*m), MIX)
+    return x, _named(mix(spec, params, x, implementation=implementation), MIX)
 
 
 def _write_and_read(
@@ -439,9 +447,10 @@ def _write_and_read(
 ) -> tuple[jax.Array, jax.Array]:
     """`write`, and `read` of what it wrote with the pre of the same mix."""
     if _mixed_by(implementation, x, mix) == "pallas":
-        return kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
+        x, u = kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
+        return x, _named(u, READ)
     x = write(x, y, mix, rule=rule, implementation=implementation)
-    return x, read(x, mix, implementation=implementation)
+    return x, _named(read(x, mix, implementation=implementation), READ)
 
 
 def first_pre(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from mhcjax import coefficients, gpt, head, optim, sharding, train
+from mhcjax import coefficients, connections, gpt, head, optim, sharding, train
 from mhcjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from mhcjax.diagnostics import dead_leaves
 
@@ -76,6 +77,17 @@ def _state(model: ModelConfig, optim: OptimConfig, mesh: MeshConfig) -> train.St
     return train.abstract_state(config, mesh_of(config))
 
 
+@functools.lru_cache(maxsize=64)
+def _fused(model: ModelConfig) -> bool:
+    """Do the kernels mix the streams on a GPU? Where coefficients are a token's own, and fit."""
+    spec, how = gpt.connection_of(model), model.connection.implementation or "pallas"
+    if not isinstance(spec.coefficients, coefficients.Dynamic):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that XLA runs in their place is the answer here
+        return connections.implementation_of(spec, model.width, model.dtype, how) == "pallas"
+
+
 class Sizes:
     """The sizes that the closed forms share, of one device and one micro-batch."""
 
@@ -84,7 +96,8 @@ class Sizes:
         self.config, self.mesh = config, mesh
         self.data, self.sequence, self.model = (mesh.shape[axis] for axis in sharding.AXES)
         # Recomputing changes nothing of the state.
-        self.state = _state(replace(m, remat=False), config.optim, config.mesh)
+        plain = replace(m, remat=False, remat_streams=False)
+        self.state = _state(plain, config.optim, config.mesh)
         self.spec = gpt.connection_of(m)
         self.fixed = isinstance(self.spec.coefficients, coefficients.Fixed)
         self.bytes = jnp.dtype(m.dtype).itemsize
@@ -108,18 +121,22 @@ class Sizes:
         inputs, columns = self.spec.shapes(m.width).get("projection", (0, 0))
         times = self.spec.streams if getattr(self.spec.coefficients, "per_stream", False) else 1
         self.logits, self.projection = times * columns, times * inputs * columns
+        self.fused = _fused(plain)
+        # What the backward pass makes again ("": nothing), and of how many blocks at once, from
+        # the streams at the start of each group.
+        self.recomputed = _recomputed(m)
+        in_groups = self.recomputed == "streams"
+        self.every = gpt.group_size(m, self.spec.streams) if in_groups else 1
+        self.groups = -(-m.layers // self.every)
 
-    @property
-    def recomputed(self) -> bool:
-        """Is each block's forward pass made once more?"""
-        if self.config.model.remat_streams:
-            raise ValueError("model.remat_streams has no plan yet: use model.remat, or neither")
-        remat = self.config.model.remat
-        if remat in (True, "full"):
-            return True
-        if remat in (False, "none"):
-            return False
-        raise ValueError(f"model.remat {remat!r} has no plan yet: use none or full")
+
+def _recomputed(m: ModelConfig) -> str:
+    if m.remat not in (True, False, "none", "full"):
+        raise ValueError(f"model.remat {m.remat!r} has no plan yet: use none or full")
+    blocks = m.remat in (True, "full")
+    if blocks and m.remat_streams:
+        raise ValueError("model.remat and model.remat_streams have no plan together: use one")
+    return "blocks" if blocks else "streams" if m.remat_streams else ""
 
 
 def local_bytes(tree: Any) -> int:
@@ -180,8 +197,9 @@ def collectives(config: Config) -> list[Collective]:
 def _over_model(z: Sizes) -> list[Collective]:
     m = z.config.model
     stream = (z.rows, z.positions, m.width)
-    # The MLP's output is made again only for a write whose coefficients want its gradient.
-    again = (1 if z.fixed else 2) if z.recomputed else 0
+    # The last output of a group is made again only for a write whose coefficients want its
+    # gradient. What is kept of the others is a part's, before the sum.
+    again = 2 * m.layers - (z.groups if z.fixed else 0) if z.recomputed else 0
     part = (z.rows, z.positions // z.chunks)
     wide = str(jnp.promote_types(jnp.float32, m.dtype))
 
@@ -190,7 +208,7 @@ def _over_model(z: Sizes) -> list[Collective]:
 
     return [
         one("embedding", m.dtype, stream, 1),
-        one("sublayers", m.dtype, stream, (4 + again) * m.layers),
+        one("sublayers", m.dtype, stream, 4 * m.layers + again),
         one("head", wide, part, 3 * z.chunks),
         one("head", m.dtype, (*part, m.width), z.chunks),
     ]
@@ -200,10 +218,11 @@ def _over_sequence(z: Sizes) -> list[Collective]:
     """Keys and values, of each block and micro-batch; gathered again where the block is made so."""
     m = z.config.model
     K, pair = m.width // m.heads, 2 * m.layers * z.micro
+    gathers = 2 if z.recomputed == "blocks" else 1
     shape = (z.rows, z.length, z.keys // K, K)
     return [
         Collective("keys and values", kind, "sequence", m.dtype, shape, count)
-        for kind, count in (("all-gather", pair * (1 + z.recomputed)), ("reduce-scatter", pair))
+        for kind, count in (("all-gather", gathers * pair), ("reduce-scatter", pair))
     ]
 
 
@@ -270,7 +289,7 @@ class Memory:
     `gathered`: the parameters whole along `data`, while a step of sharded ones runs. `gradients`:
     of one micro-batch, and their sum where there are several. `narrow`: the weights in the dtype of
     the activations. `activations`: what the forward pass saves. `temporary`: the largest of what
-    lives and dies: a chunk of logits, or a block that is made again. `peak`: at the worst moment.
+    lives and dies: a chunk of logits, or what is made again at once. `peak`: at the worst moment.
     """
 
     parameters: int
@@ -289,25 +308,29 @@ def memory(config: Config) -> Memory:
     Saved per token and block, in numbers of the activations' dtype: both norms 2 D; queries, keys,
     values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
     its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Where `sequence`
-    splits positions: keys and values of the whole row.
+    splits positions: keys and values of the whole row. Recomputed blocks keep N D each. Recomputed
+    streams keep N D a group of blocks, and of each block what its products and attention made:
+    queries, keys and values (not yet rotated), attention and both outputs, F (SwiGLU 2 F).
 
     >>> memory(Config()).optimizer > memory(Config()).parameters
     True
     """
     z = Sizes(config)
-    m = config.model
-    block, kept = _saved_by_block(z), m.width * z.spec.streams * z.bytes
-    activations = z.tokens * m.layers * (kept if z.recomputed else block) + _mask_bytes(z)
+    block = _saved_by_block(z)
+    kept, again = _kept_and_made_again(z, block)
+    activations = z.tokens * kept + _mask_bytes(z)
     parameters, size = local_bytes(z.state.params), jnp.dtype(_param_dtype(z)).itemsize
     whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
     gathered = whole * size if z.config.mesh.shard_params and z.data > 1 else 0
     gradients = whole * size * (2 if z.micro > 1 else 1)
     narrow = z.matrices * z.bytes if z.bytes < size else 0
     logits = _head_bytes(z)
-    again = z.tokens * block if z.recomputed else 0
+    again *= z.tokens
     optimizer = local_bytes(z.state) - parameters
     sums = whole * size if z.micro > 1 else 0  # held all along
-    moment = max(activations + max(logits, again), gradients - sums + z.tokens * block)
+    # What the first block is made of, or the first group made again, beside all gradients.
+    first = activations // z.groups + again if z.recomputed == "streams" else z.tokens * block
+    moment = max(activations + max(logits, again), gradients - sums + first)
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
@@ -356,6 +379,28 @@ def _gathered_numbers(z: Sizes) -> int:
 def _mask_bytes(z: Sizes) -> int:
     """What a piece attends to, which all blocks share: for cuDNN a bias, beside its gradient."""
     return 2 * z.positions * z.length * z.bytes if z.sequence > 1 and z.bytes == 2 else 0
+
+
+def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
+    """Bytes per token: what the forward pass keeps of all blocks, and what is made again at
+    once, of a block or of a group of them."""
+    m = z.config.model
+    # With what the next sublayer reads, where that is carried.
+    streams = z.groups * m.width * (z.spec.streams + z.spec.carried) * z.bytes
+    if not z.recomputed:
+        return m.layers * block, 0
+    if z.recomputed == "blocks":
+        return streams, block
+    ups = (2 if m.mlp == "swiglu" else 1) * z.hidden
+    # The last output of a group as in `_over_model`.
+    outputs = 2 * m.layers - (z.groups if z.fixed else 0)
+    floats = 0 if z.fused else 4 * 2 * m.layers * z.logits  # XLA's projection is a product too
+    whole_rows = _gathered_numbers(z)
+    kept = m.layers * (2 * z.queries + 2 * z.keys + whole_rows + ups) + outputs * m.width
+    # Of what a block saves these are there: values, attention, `ups` and the outputs.
+    there = z.queries + z.keys + whole_rows + ups + (0 if z.fixed else 2 * m.width)
+    again = z.every * (block - there * z.bytes)
+    return streams + kept * z.bytes + floats, again
 
 
 def _head_bytes(z: Sizes) -> int:

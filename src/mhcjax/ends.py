@@ -118,7 +118,8 @@ def collapse(
         reason = kernels.unfit(x, own["bias"])
         if kernels.choose(implementation, reason, preferred=True) == "pallas":
             f = _HeadOfProducts(how, x.shape[-2] * x.shape[-1])
-            return kernels.mix_and_read(f, x, own["scale"] * own["projection"], own["bias"])[1]
+            scale = jnp.broadcast_to(own["scale"], own["bias"].shape)
+            return kernels.mix_and_read(f, x, own["projection"], scale, own["bias"])[1]
         flat = x.astype(wide).reshape(*x.shape[:-2], -1)
         z = project(Norm(eps=how.norm_eps, after=True), flat, own, how.precision)
         return kernels.read(x, jax.nn.sigmoid(own["scale"] * z + own["bias"]) + how.eps)

@@ -37,6 +37,7 @@ __all__ = [
     "count",
     "empty_cache",
     "graph",
+    "group_size",
     "sublayer_leaves",
 ]
 
@@ -54,10 +55,11 @@ AXES = {
     "projection": "LEC",
 }
 
-# What is kept where streams alone are made again: the branches' products and outputs.
+# What is kept where streams alone are made again: the branches' products and outputs, what they
+# read and how the streams were mixed, so that only the writes are made again.
 _BRANCHES = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("branch"),
+    jax.checkpoint_policies.save_only_these_names("branch", connections.MIX, connections.READ),
 )
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
@@ -125,7 +127,7 @@ class Attention(nnx.Module):
             how: dict[str, Any] = {"is_causal": True}
             if sharding.ways("sequence") > 1:
                 k, v = (checkpoint_name(sharding.all_positions(a), "branch") for a in (k, v))
-                how = {"mask": _seen(k.shape[1], positions_BT)}
+                how = {"mask": jnp.arange(k.shape[1]) <= positions_BT[:, None, :, None]}
             y = checkpoint_name(layers.attend(q, k, v, **how), "branch")
         else:
             rows = jnp.arange(q.shape[0])[:, None]
@@ -133,7 +135,7 @@ class Attention(nnx.Module):
                 cache.key.at[layer, rows, positions_BT].set(k.astype(cache.key.dtype)),
                 cache.value.at[layer, rows, positions_BT].set(v.astype(cache.value.dtype)),
             )
-            seen = _seen(cache.key.shape[2], positions_BT)
+            seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
             # A query is one token: cuDNN has nothing to gain.
             y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen, fused=False)
         y = jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype))
@@ -281,7 +283,8 @@ class GPT(nnx.Module):
         x, u = self._enter(tokens_BT)
         if self.config.walk == "loop":
             blocks = list(enumerate(_unstack(stacked, self.config.layers)))
-            size = self._group if self.config.remat_streams else len(blocks)
+            streams = self.spec.streams
+            size = group_size(self.config, streams) if self.config.remat_streams else len(blocks)
             for first in range(0, len(blocks), size):
                 group = blocks[first : first + size]
 
@@ -303,13 +306,6 @@ class GPT(nnx.Module):
             layers = jnp.arange(self.config.layers)
             (x, u, cache), _ = jax.lax.scan(step, (x, u, cache), (stacked, layers))
         return self._leave(x, u), cache
-
-    @property
-    def _group(self) -> int:
-        """Blocks between two streams that are kept: sqrt(N L / (N + 2)) of the L sublayers, where
-        the streams kept and those made again at once take the same memory."""
-        sublayers, N = 2 * self.config.layers, self.spec.streams
-        return max(1, round(math.sqrt(N * sublayers / (N + 2)) / 2))
 
     def _leave(self, x: jax.Array, u: jax.Array | None) -> jax.Array:
         if u is not None and self.spec.exit == "last_pre":
@@ -352,6 +348,19 @@ class GPT(nnx.Module):
         return records, x
 
 
+def group_size(config: ModelConfig, streams: int) -> int:
+    """Blocks between two streams that are kept where streams alone are made again: sqrt(N L /
+    (N + 2)) of the L sublayers, where those kept and those made again at once take the same memory;
+    a scan keeps those of every block.
+
+    >>> group_size(ModelConfig(layers=24), 4), group_size(ModelConfig(layers=24, walk="scan"), 4)
+    (3, 1)
+    """
+    if config.walk == "scan":
+        return 1
+    return max(1, round(math.sqrt(streams * 2 * config.layers / (streams + 2)) / 2))
+
+
 def _unstack(stacked: Any, layers: int) -> list[Any]:
     """The parameters of each block. The transpose of unstack is one stack; that of indexing would
     be a padded array per block, summed."""
@@ -384,11 +393,6 @@ def _positions(tokens_BT: jax.Array) -> jax.Array:
     if sharding.ways("sequence") == 1:
         return positions
     return positions + sharding.first_of(tokens_BT.shape[1], "sequence")
-
-
-def _seen(keys: int, positions_BT: jax.Array) -> jax.Array:
-    """[B, 1, T, S]: does the query at that position attend to the key at that one?"""
-    return jnp.arange(keys) <= positions_BT[:, None, :, None]
 
 
 def _param_dtype(config: ModelConfig) -> Any:

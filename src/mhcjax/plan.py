@@ -35,8 +35,12 @@ MATMUL = 0.75  # of the bf16 peak
 ATTENTION = 0.32  # of the bf16 peak, at heads of 128; in proportion below
 BANDWIDTH = 0.68  # of the memory's, in kernels that only pass over arrays
 GAP = 1e-4  # seconds without a kernel, for each block
-# The projection of a dynamic mix is made in float32 whatever the activations are.
-PROJECTION = 0.12  # of the bf16 peak
+# Fitted to the same step with deepseek_v4 (model_kernels_h200.json): 50 arrays of the width a token
+# and sublayer in 32.4 ms; 24 logits of 65,536 tokens in 50 us, their cotangents in 123 us.
+KERNELS = 0.78  # of the memory's bandwidth, in the kernels of a dynamic mix
+COEFFICIENTS = (3.2e-11, 7.8e-11)  # seconds a token and logit, forward and backward
+# Without kernels the projection of a dynamic mix is made in float32 whatever the activations are.
+PROJECTION = 0.12  # of the bf16 peak; not measured
 # NCCL reaches 370 of NVLink's 450 GB/s: 20 % of the protocol (NVIDIA/nccl-tests, issue 212).
 LINK = 0.82
 LATENCY = 2e-5  # seconds of one collective within a host; each doubling of hosts adds as much
@@ -54,14 +58,15 @@ NEWTON_SCHULZ = 5  # iterations
 class Seconds:
     """Predicted seconds of one update on each device, by what takes them.
 
-    `passes`: kernels that read and write arrays and compute little; `update`: the optimizer;
-    `model`, `sequence` and `data`: exchanges along those axes, along both of the latter under
-    `data`. They are added: nothing is taken to overlap.
+    `streams`: reading and writing the N streams, and a dynamic mix's coefficients; `passes`: other
+    kernels that read and write arrays and compute little; `update`: the optimizer; `model`,
+    `sequence` and `data`: exchanges along those axes, along both of the latter under `data`. They
+    are added: nothing is taken to overlap.
     """
 
     matmul: float
     attention: float
-    projection: float
+    streams: float
     passes: float
     update: float
     gaps: float
@@ -99,11 +104,11 @@ def seconds(config: Config, device: str) -> Seconds:
     z = Sizes(config)
     m = config.model
     tokens, blocks = z.tokens * z.micro, m.layers * z.micro
-    passes = 8 if z.recomputed else 6  # 2 FLOPs of a product: forward, twice backward, once more
-    products = tokens * (passes * z.matrices + 6 * m.width * z.vocab)
-    # Causal: half of T; backward has five products to the forward's two.
+    # 2 FLOPs of a product: forward, twice backward.
+    products = tokens * (6 * (z.matrices + m.width * z.vocab) + 2 * _matrices_again(z))
+    # Causal: half of T; backward has five products to the forward's two, which are made again
+    # also where their output is kept: backward wants the sums of the softmax too.
     scores = (9 if z.recomputed else 7) * tokens * m.layers * _attended(z) * z.queries
-    mixed = passes * tokens * 2 * m.layers * z.projection
     newton = _newton_schulz(z) if config.optim.name == "muon" else 0
     attention = ATTENTION * min(1.0, m.width / m.heads / 128)
     speed = BANDWIDTH * kind.bandwidth
@@ -114,7 +119,7 @@ def seconds(config: Config, device: str) -> Seconds:
     return Seconds(
         matmul=products / (MATMUL * kind.peak_flops),
         attention=scores / (attention * kind.peak_flops),
-        projection=mixed / (PROJECTION * kind.peak_flops),
+        streams=z.micro * _on_streams(z, kind),
         passes=(z.micro * _passed_bytes(z)) / speed,
         update=UPDATE_PASSES[config.optim.name] * local_bytes(z.state.params) / speed
         + newton / (MATMUL * kind.peak_flops),
@@ -130,26 +135,60 @@ def _attended(z: Sizes) -> int:
 
 
 def _passed_bytes(z: Sizes) -> int:
-    """Of one micro-batch, by the kernels that are no products."""
-    m, D, spec = z.config.model, z.config.model.width, z.spec
+    """Of one micro-batch, by the kernels that are no products and touch no streams."""
+    m, D = z.config.model, z.config.model.width
     # Forward and backward: norms 5 D each, the sums of what queries, keys, values (and a gate)
     # send back, rotations of queries and keys, the activation function.
     gated = m.mlp == "swiglu"
     numbers = 10 * D + 4 * D + 5 * (z.queries + z.keys)
     numbers += 3 * D + 8 * z.hidden if gated else 5 * z.hidden
-    # Each connection: 3 N + 2 streams forward, 6 N + 3 backward; the plain residual 3 and 3.
-    numbers += 2 * (6 if z.fixed else 9 * spec.streams + 5) * D
     if z.recomputed:
         numbers += 4 * D + 2 * (z.queries + z.keys) + (3 if gated else 2) * z.hidden
-        numbers += 2 * (3 if z.fixed else 3 * spec.streams + 2) * D
     block = numbers * z.bytes
-    if z.logits:
-        block += 5 * 2 * 4 * spec.streams * (spec.streams + 2)
     logits = 3 * z.vocab * z.bytes  # read for the sum; read and written for the cotangent
     ends = (4 + 8) * D  # the embedding's rows in float32, scattered in float32
     whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
     weights = 6 * z.matrices + (12 * whole if z.micro > 1 else 0)  # narrowed; added to the sum
     return z.tokens * (m.layers * block + logits + ends) + weights
+
+
+def _matrices_again(z: Sizes) -> int:
+    """Products of one token that the backward pass makes again: of all matrices, but for the MLP's
+    last where no coefficient wants its output; none where their outputs are kept."""
+    if z.recomputed != "blocks":
+        return 0
+    m = z.config.model
+    return z.matrices - (m.layers * z.hidden * m.width if z.fixed else 0)
+
+
+def _on_streams(z: Sizes, kind: train.Device) -> float:
+    """Seconds of one micro-batch: the streams' passes, counted in arrays of the width."""
+    N, spec, sublayers = z.spec.streams, z.spec, 2 * z.config.model.layers
+    project, read, write = (N if z.fused else 0), N + 1, 2 * N + 1
+    backward = 6 * N + 3
+    if z.fixed:
+        read, write, backward = 1, 2, 3  # one addition, its sum read by the norm
+    elif z.fused and spec.carried:
+        read, write = 0, 2 * N + 2  # the next read is part of the write
+    elif z.fused:
+        backward += N + 1  # the cotangent of pre by a pass of its own
+    forward = project + read + write
+    passes = sublayers * (forward + backward)
+    if z.recomputed:  # the last streams of a group are there, or nobody wants them
+        passes += sublayers * forward - z.groups * write
+    seconds = z.tokens * passes * z.config.model.width * z.bytes
+    seconds /= (KERNELS if z.fused else BANDWIDTH) * (kind.bandwidth or 0)
+    times = 1 + bool(z.recomputed), 1  # forward, backward
+    if z.fused:
+        of_logit = sum(n * each for n, each in zip(times, COEFFICIENTS, strict=True))
+        seconds += sublayers * z.tokens * z.logits * of_logit
+    elif z.logits:
+        # Recomputed streams keep what products made, the projection's too.
+        products = z.projection * (8 if z.recomputed == "blocks" else 6)
+        seconds += sublayers * z.tokens * products / (PROJECTION * kind.peak_flops)
+        floats = 5 * 4 * spec.streams * (spec.streams + 2)
+        seconds += sublayers * z.tokens * floats / (BANDWIDTH * (kind.bandwidth or 0))
+    return seconds
 
 
 def _newton_schulz(z: Sizes) -> int:

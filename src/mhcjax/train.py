@@ -92,7 +92,8 @@ class State:
 
 @dataclass(frozen=True)
 class Program:
-    """The jitted functions of one config on one mesh, and where their arguments live."""
+    """The jitted functions of one config on one mesh, and where their arguments live; `step` is
+    the training step before it is jitted."""
 
     config: Config
     mesh: Mesh
@@ -100,6 +101,7 @@ class Program:
     abstract_state: State
     batch_sharding: NamedSharding
     init: Callable[[jax.Array], State]
+    step: Callable[[State, jax.Array, optim.Hyper], tuple[State, dict]]
     train_step: Any
     eval_step: Any
     probe: Any
@@ -345,6 +347,7 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         abstract_state=abstract,
         batch_sharding=batches,
         init=jax.jit(init, out_shardings=states),
+        step=train_step,
         train_step=jax.jit(
             train_step,
             in_shardings=(states, batches, whole),

@@ -7,10 +7,11 @@ import warnings
 import jax
 
 from mhcjax.kernels import pallas, xla
-from mhcjax.kernels.pallas import mix, mix_and_read, unfit, unfit_token, write_and_read
+from mhcjax.kernels.pallas import MIX, mix, mix_and_read, unfit, unfit_token, write_and_read
 from mhcjax.kernels.pallas import read as read_on
 
 __all__ = [
+    "MIX",
     "choose",
     "mix",
     "mix_and_read",

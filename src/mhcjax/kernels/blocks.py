@@ -28,8 +28,14 @@ class Blocks:
     warps_backward: int = 4
     stages_backward: int = 3
     lanes: int = 32  # tokens of a program for the coefficients
+    few: int = 128  # tokens of which each gets a program that does everything
+    few_tile: int = 2048  # weights of a load, there
+    few_loads: int = 8  # in flight
+    few_warps: int = 4  # more would all repeat what follows the projection
     split_mosaic: int = 4
+    step_project_mosaic: int = 64
     stages_mosaic: int = 4
+    rows_backward_mosaic: int = 64
     step_mosaic: int = 128
     split_backward_mosaic: int = 4
     stages_backward_mosaic: int = 2

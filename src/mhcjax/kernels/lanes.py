@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,23 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_v
 Numbers = np.ndarray  # of dtype object: each entry an array [tokens], or a plain number
 
 
+class _How(NamedTuple):
+    """How a loop runs, and the device's own functions by name."""
+
+    repeat: Callable
+    special: Mapping[str, Callable]
+
+
 class Unsupported(Exception):
     """A primitive that has no form here; the caller takes another implementation."""
 
 
 def on_lanes(
-    f: Callable, shapes: Sequence[tuple[int, ...]], *, differentiable: bool = True
+    f: Callable,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    differentiable: bool = True,
+    special: Mapping[str, Callable] | None = None,
 ) -> Callable[..., list[list]]:
     """`f` of arrays of those shapes, as a function of lists of `[tokens]` arrays.
 
@@ -52,6 +63,8 @@ def on_lanes(
     >>> double([jnp.ones(3), jnp.zeros(3)])[0][0].tolist()
     [2.0, 2.0, 2.0]
 
+    `special` holds the device's own `reciprocal` and `log` of an array, where it has faster ones.
+
     Raises Unsupported where `f` needs a primitive that is not elementwise, structural, a sum or
     a maximum, a product of matrices, or a loop without inputs.
     """
@@ -59,11 +72,11 @@ def on_lanes(
         closed = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     _check(_open(closed)[0])
     # A kernel that is not differentiated knows no custom VJP.
-    repeat = _repeat if differentiable else _plain_repeat
+    how = _How(_repeat if differentiable else _plain_repeat, special or {})
 
     def run(*lists: list) -> list[list]:
         arguments = [_array(list(l), s) for l, s in zip(lists, shapes, strict=True)]
-        found = _walk(*_open(closed), arguments, repeat)
+        found = _walk(*_open(closed), arguments, how)
         return [list(a.reshape(-1)) for a in found]
 
     return run
@@ -111,7 +124,7 @@ def _check(jaxpr: Any) -> None:
 
 
 def _walk(
-    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Numbers], repeat: Callable
+    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Numbers], how: _How
 ) -> list[Numbers]:
     known: dict[Any, Numbers] = {}
 
@@ -123,14 +136,14 @@ def _walk(
     for eqn in jaxpr.eqns:
         values, name = [read(v) for v in eqn.invars], eqn.primitive.name
         if name in CALLS:
-            found = _walk(*_inner(eqn), values, repeat)
+            found = _walk(*_inner(eqn), values, how)
         elif name == "scan":
-            found = _loop(eqn.params["jaxpr"], values, eqn.params["length"], repeat)
+            found = _loop(eqn.params["jaxpr"], values, eqn.params["length"], how)
         elif name in STRUCTURAL:
             answer = STRUCTURAL[name](eqn, *values)
             found = answer if isinstance(answer, list) else [answer]
         else:
-            found = [_each(eqn, *values)]
+            found = [_each(eqn, how, *values)]
         known.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -143,15 +156,15 @@ def _plain(value: Any) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def _each(eqn: Any, *values: Numbers) -> Numbers:
+def _each(eqn: Any, how: _How, *values: Numbers) -> Numbers:
     """An elementwise primitive on every entry; plain numbers are folded."""
     shape = np.broadcast_shapes(*(v.shape for v in values))
     columns = [np.broadcast_to(v, shape).reshape(-1) for v in values]
     dtypes = [v.aval.dtype for v in eqn.invars]
-    return _array([_one(eqn, dtypes, entry) for entry in zip(*columns, strict=True)], shape)
+    return _array([_one(eqn, how, dtypes, entry) for entry in zip(*columns, strict=True)], shape)
 
 
-def _one(eqn: Any, dtypes: list, entry: tuple) -> Any:
+def _one(eqn: Any, how: _How, dtypes: list, entry: tuple) -> Any:
     name = eqn.primitive.name
     if name in ("copy", "copy_p"):
         return entry[0]
@@ -164,6 +177,11 @@ def _one(eqn: Any, dtypes: list, entry: tuple) -> Any:
         return _product(*entry)
     if name == "add":
         return _sum(*entry)
+    if name == "div" and "reciprocal" in how.special and dtypes[0] == jnp.float32:
+        a, b = entry
+        return _product(a, 1 / b if _plain(b) else how.special["reciprocal"](b))
+    if name == "log" and "log" in how.special:
+        return how.special["log"](entry[0])
     if name == "convert_element_type":
         return entry[0].astype(eqn.params["new_dtype"])
     like = next(e for e in entry if not _plain(e))
@@ -268,7 +286,7 @@ STRUCTURAL: dict[str, Callable] = {
 # Loops
 
 
-def _loop(closed: Any, carry: list[Numbers], length: int, repeat: Callable) -> list[Numbers]:
+def _loop(closed: Any, carry: list[Numbers], length: int, how: _How) -> list[Numbers]:
     shapes = [c.shape for c in carry]
 
     def split(flat: Sequence) -> list[Numbers]:
@@ -277,13 +295,13 @@ def _loop(closed: Any, carry: list[Numbers], length: int, repeat: Callable) -> l
         return [piece.reshape(s) for piece, s in zip(pieces, shapes, strict=True)]
 
     def step(flat: tuple) -> tuple:
-        found = _walk(*_open(closed), split(flat), repeat)
+        found = _walk(*_open(closed), split(flat), how)
         return tuple(entry for a in found for entry in a.reshape(-1))
 
     flat = [entry for c in carry for entry in c.reshape(-1)]
     like = next(e for e in flat if not _plain(e))
     start = tuple(jnp.full(like.shape, e, like.dtype) if _plain(e) else e for e in flat)
-    return split(repeat(step, length, start))
+    return split(how.repeat(step, length, start))
 
 
 def _plain_repeat(step: Callable, length: int, carry: tuple) -> tuple:

@@ -21,8 +21,7 @@ from mhcjax.kernels.blocks import Blocks
 __all__ = ["fits", "project", "project_backward"]
 
 WIDE = jnp.float32
-ROWS = 64  # tokens of a tile: what one warpgroup multiplies
-TOKENS = 2 * ROWS  # of a tile of the projection: its weight comes half as often
+TOKENS = 128  # of a tile of the projection
 STEP = 64  # of E: 128 bytes, what is swizzled together
 HOPPER = ("H100", "H200", "GH200")
 
@@ -57,7 +56,8 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     """`projection.project`."""
     T, E = x.shape
     C = w.shape[1] // 4
-    split = _split(E // STEP, blocks.split_mosaic)
+    step = min(blocks.step_project_mosaic, E & -E)
+    split = _split(E // step, blocks.split_mosaic)
     share = E // split
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
 
@@ -77,10 +77,10 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
         zeros = jnp.zeros(TOKENS, WIDE)
         square = plgpu.emit_pipeline(
             body,
-            grid=(1, share // STEP),
+            grid=(1, share // step),
             in_specs=[
-                tile((TOKENS, STEP), _place),
-                tile((STEP, 2 * C), lambda i, j: (j, i)),
+                tile((TOKENS, step), _place),
+                tile((step, 2 * C), lambda i, j: (j, i)),
             ],
             max_concurrent_steps=blocks.stages_mosaic,
             init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)),
@@ -128,10 +128,11 @@ def project_backward(
     N = scalars.shape[0] - 1
     D = E // N
     step = min(blocks.step_mosaic, D & -D)
-    split = _split(T // ROWS, blocks.split_backward_mosaic)
+    rows = blocks.rows_backward_mosaic
+    split = _split(T // rows, blocks.split_backward_mosaic)
     chunk = T // split
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
-    row = plgpu.BlockSpec((ROWS,), lambda i, _: (i,))
+    row = plgpu.BlockSpec((rows,), lambda i, _: (i,))
 
     def kernel(*refs: Any) -> None:
         x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
@@ -148,18 +149,18 @@ def project_backward(
 
             def products(acc: Any) -> jax.Array:
                 # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
-                plgpu.wgmma(acc, dz_s, w_smem.transpose((1, 0)))
-                plgpu.wgmma(dw_acc, x_s.transpose((1, 0)), dz_s)
+                plgpu.wgmma(acc, dz_s.transpose((1, 0)), w_smem.transpose((1, 0)))
+                plgpu.wgmma(dw_acc, x_s.transpose((1, 0)), dz_s.transpose((1, 0)))
                 return acc[...]
 
             def load(ref: Any) -> jax.Array:
                 return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(WIDE)
 
             def along(ref: Any) -> jax.Array:
-                rows = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
-                return jax.lax.broadcast_in_dim(rows, (ROWS, step), [0])
+                column = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
+                return jax.lax.broadcast_in_dim(column, (rows, step), [0])
 
-            out = pl.run_scoped(products, plgpu.ACC((ROWS, step), WIDE))
+            out = pl.run_scoped(products, plgpu.ACC((rows, step), WIDE))
             out = out + load(before_s) + along(scale_s) * load(x_s)
             if read:
                 out = out + along(read[0]) * load(read[1])
@@ -167,20 +168,20 @@ def project_backward(
             plgpu.wgmma_wait(0)
 
         inputs = [
-            (x_ref.at[mine, here], tile((ROWS, step), _place)),
-            (before_ref.at[mine, here], tile((ROWS, step), _place)),
+            (x_ref.at[mine, here], tile((rows, step), _place)),
+            (before_ref.at[mine, here], tile((rows, step), _place)),
             (scalars_ref.at[0, mine], row),
-            (dz_ref.at[mine, :], tile((ROWS, 2 * C), _place)),
+            (dz_ref.at[:, mine], tile((2 * C, rows), lambda i, j: (j, i))),
         ]
         if du is not None:
             columns = pl.ds(d * step, step)
             inputs.append((scalars_ref.at[1 + n, mine], row))
-            inputs.append((refs[5].at[mine, columns], tile((ROWS, step), _place)))
+            inputs.append((refs[5].at[mine, columns], tile((rows, step), _place)))
         plgpu.emit_pipeline(
             body,
-            grid=(chunk // ROWS, 1),
+            grid=(chunk // rows, 1),
             in_specs=[spec for _, spec in inputs],
-            out_specs=[tile((ROWS, step), _place)],
+            out_specs=[tile((rows, step), _place)],
             max_concurrent_steps=blocks.stages_backward_mosaic,
         )(*(ref for ref, _ in inputs), dx_ref.at[mine, here])
         dw = dw_acc[...]

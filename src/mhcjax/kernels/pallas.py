@@ -1,5 +1,8 @@
 """The kernels with their VJPs, for arrays with any leading axes, on a mesh or off it.
 
+Few tokens whose gradient nobody takes, as in decoding, run on fewer kernels. Where it is taken they
+run as many tokens do, which gives the same values up to rounding.
+
 Between forward and backward stay the streams, the branch's output and, a token, the C products of
 the projection and one mean square; everything else is made again.
 
@@ -15,16 +18,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from mhcjax.kernels import mosaic, projection, triton
+from mhcjax.kernels import few_tokens, mosaic, projection, triton, xla
 from mhcjax.kernels.blocks import blocks_for
 from mhcjax.kernels.lanes import Unsupported, on_lanes
+from mhcjax.kernels.triton import added
 
 __all__ = ["mix", "mix_and_read", "read", "unfit", "unfit_token", "write", "write_and_read"]
 
 # What a mesh may split, by position of the leading axis: batch, then positions.
 TOKEN_AXES = ("data", "sequence")
+MIX = "mix"  # the name of what is kept of a mix where streams are made again
 MOST_COLUMNS = 96  # of a token's coefficients: Sinkhorn of 8 streams has 80
 
 
@@ -80,6 +86,13 @@ def _axes(lead: Sequence[int]) -> tuple[Any, ...]:
     )
 
 
+def _few(x: jax.Array) -> bool:
+    """Whether a device's own tokens are so few that launches are what takes the time."""
+    lead, mesh = x.shape[:-2], jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape[name] for name in _axes(lead) if name)
+    return math.prod(lead) <= blocks_for(x).few * ways
+
+
 TOKENS, WHOLE, LAST, SUMS = "tokens", "whole", "last", "sums"
 
 
@@ -87,7 +100,7 @@ def _on_shards(
     f: Callable, lead: Sequence[int], inputs: Sequence[str], outputs: Sequence[str]
 ) -> Callable:
     """`f` on each device's own tokens. An array is of TOKENS (leading axes first) or LAST (last),
-    WHOLE, or SUMS over a device's tokens, to be added up over its first axis."""
+    WHOLE, or SUMS over a device's tokens, [1, ...], to be added up over the first axis."""
     axes = _axes(lead)
     if not any(axes):
         return f
@@ -172,6 +185,10 @@ read.defvjp(_read_forward, _read_backward)
 @jax.custom_vjp
 def write(x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array) -> jax.Array:
     """`sum_n res[..., m, n] x[..., n, :] + post[..., m] y`."""
+    if _few(x):
+        # One launch too, and XLA takes what made y and post into it. Without the barrier the next
+        # write would make these streams again.
+        return jax.lax.optimization_barrier(xla.write(x, y, res, post))
     return _write_forward(x, y, res, post)[0]
 
 
@@ -268,18 +285,48 @@ write_and_read.defvjp(_write_and_read_forward, _write_and_read_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix_and_read(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
-    """(x, u, *coefficients) of x[..., N, D], w[E, C] and bias[C].
+def mix_and_read(
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    """(x, u, *coefficients) of x[..., N, D], w[E, C], scale[C] and bias[C].
 
-    The coefficients, pre[..., N] first, are what `f(x @ w, mean(x^2), bias)` gives of one token;
-    `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
-    return _mixed(f, True, x, w, bias)[0]
+    The coefficients, pre[..., N] first, are what `f(x @ w * scale, mean(x^2), bias)` gives of one
+    token; `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
+    return _mixed_undifferentiated(f, True, x, w, scale, bias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+def mix(
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
     """(x, *coefficients): `mix_and_read` without the read."""
-    return _mixed(f, False, x, w, bias)[0]
+    return _mixed_undifferentiated(f, False, x, w, scale, bias)
+
+
+def _mixed_undifferentiated(
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    if _few(x):
+        return _mixed_few(f, reads, x, w, scale, bias)
+    return _mixed(f, reads, x, w * scale, bias)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _mixed_few(
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+    shapes = [o.shape for o in _outputs(f, bias)]
+    sizes = tuple(map(math.prod, shapes))
+
+    def local(x: jax.Array, own: jax.Array) -> tuple:
+        lead = x.shape[:-2]
+        found = few_tokens.mix(f, sizes, _flat(x, 2), own, reads, blocks_for(x))
+        wanted = [*[x.shape[-1:]] * reads, *shapes]
+        return tuple(a.reshape(*lead, *s) for a, s in zip(found, wanted, strict=True))
+
+    outputs = [TOKENS] * (len(shapes) + reads)
+    own = few_tokens.joined(w, scale, bias)
+    return x, *_on_shards(local, x.shape[:-2], (TOKENS, WHOLE), outputs)(x, own)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -304,7 +351,7 @@ def _mixed(
     outputs = [TOKENS] * (len(shapes) + reads) + [LAST, TOKENS]
     found = _on_shards(local, x.shape[:-2], (TOKENS, WHOLE, WHOLE), outputs)(x, packed, bias)
     *results, z, mean = found
-    return (x, *results), (x, packed, bias, z, mean)
+    return (x, *results), (x, packed, bias, checkpoint_name(z, MIX), checkpoint_name(mean, MIX))
 
 
 def _outputs(f: Callable, bias: jax.Array) -> Any:
@@ -341,35 +388,32 @@ def _mixed_cotangents(
         how = mosaic if mosaic.fits(flat, columns) else projection
         before = dx.reshape(flat.shape)
         found, dw = how.project_backward(flat, w, dz, scalars, du, before, blocks)
-        return found.reshape(x.shape), dw, dbias
+        # One by one: a reduction over few rows is a slow kernel of XLA's.
+        parts = added([dw[s] for s in range(dw.shape[0])])
+        return found.reshape(x.shape), parts[None, :, :C], jnp.sum(dbias, axis=1)[None]
 
     reads = () if du is None else (du,)
     inputs = (TOKENS, WHOLE, WHOLE, LAST, *[TOKENS] * (2 + len(dmix) + len(reads)))
     dx, dw, dbias = _on_shards(local, x.shape[:-2], inputs, (TOKENS, SUMS, SUMS))(
         x, packed, bias, z, mean, dx, *dmix, *reads
     )
-    return dx, jnp.sum(dw, axis=0)[:, :C], jnp.sum(dbias, axis=0)
+    return dx, jnp.sum(dw, axis=0), jnp.sum(dbias, axis=0)
 
 
-def _mix_and_read_forward(
-    f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array
+def _mix_forward(
+    reads: bool, f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
-    return _mixed(f, True, x, w, bias)
+    found, saved = _mixed(f, reads, x, w * scale, bias)
+    return found, (saved, w, scale)
 
 
-def _mix_and_read_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
-    dx, du, *dmix = cotangents
-    return _mixed_cotangents(f, saved, dx, du, dmix)
-
-
-def _mix_forward(f: Callable, x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    return _mixed(f, False, x, w, bias)
-
-
-def _mix_backward(f: Callable, saved: tuple, cotangents: tuple) -> tuple:
+def _mix_backward(reads: bool, f: Callable, kept: tuple, cotangents: tuple) -> tuple:
+    saved, w, scale = kept
     dx, *dmix = cotangents
-    return _mixed_cotangents(f, saved, dx, None, dmix)
+    du = dmix.pop(0) if reads else None
+    dx, dw, dbias = _mixed_cotangents(f, saved, dx, du, dmix)
+    return dx, dw * scale, jnp.sum(dw * w, axis=0), dbias
 
 
-mix_and_read.defvjp(_mix_and_read_forward, _mix_and_read_backward)
-mix.defvjp(_mix_forward, _mix_backward)
+mix_and_read.defvjp(partial(_mix_forward, True), partial(_mix_backward, True))
+mix.defvjp(partial(_mix_forward, False), partial(_mix_backward, False))

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import WIDE, added, array, index, launch, power_of_two
+from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, index, launch, power_of_two
 
 
 def weights(w_EC: jax.Array, dtype: Any) -> jax.Array:
@@ -91,6 +91,38 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     return call(x, w)
 
 
+def _columns(ref: Any, at: tuple, count: int, inside: jax.Array, other: float) -> list[jax.Array]:
+    """The columns [lanes] of the rows ref[*at], [lanes, count]: one load where count allows it."""
+    if count & (count - 1):
+        return [plt.load(ref.at[(*at, index(c))], mask=inside, other=other) for c in range(count)]
+    rows = ref.at[(*at, pl.ds(0, count))]
+    return _apart(plt.load(rows, mask=inside[:, None], other=other))
+
+
+def _apart(tile: jax.Array) -> list[jax.Array]:
+    return [column.reshape(-1) for column in jnp.split(tile, tile.shape[1], axis=1)]
+
+
+def _put_columns(ref: Any, at: tuple, columns: list, inside: jax.Array) -> None:
+    """Columns [lanes] to the rows ref[*at], [lanes, columns]: one store where their number allows
+    it, so that a row is written at once."""
+    count = len(columns)
+    columns = [jnp.broadcast_to(jnp.asarray(c, WIDE), inside.shape) for c in columns]
+    if count & (count - 1):
+        for c, column in enumerate(columns):
+            plt.store(ref.at[(*at, index(c))], column, mask=inside)
+    else:
+        plt.store(ref.at[(*at, pl.ds(0, count))], _together(columns), mask=inside[:, None])
+
+
+def _together(columns: list) -> jax.Array:
+    """[lanes, columns], joined in pairs: what Triton can."""
+    if len(columns) == 1:
+        return columns[0][:, None]
+    pair = [_together(columns[k::2])[..., None] for k in (0, 1)]
+    return jnp.concatenate(pair, axis=-1).reshape(-1, len(columns))
+
+
 def coefficients(
     f: Callable,
     sizes: tuple[int, ...],
@@ -104,7 +136,7 @@ def coefficients(
     made; `f(z[C], mean square[], bias[C])` is what one token does with them."""
     S, T, _ = z.shape
     C, lanes = bias.shape[0], blocks.lanes
-    run = on_lanes(f, [(C,), (), (C,)], differentiable=False)
+    run = on_lanes(f, [(C,), (), (C,)], differentiable=False, special=SPECIAL)
 
     def kernel(z_ref: Any, square_ref: Any, bias_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0) * lanes
@@ -113,17 +145,17 @@ def coefficients(
         load = partial(plt.load, mask=inside, other=1.0)
         put = partial(plt.store, mask=inside)
         here = pl.ds(t, lanes)
-        total = [
-            added([load(z_ref.at[index(s), here, index(c)]) for s in range(S)]) for c in range(C)
+        tiles = [
+            plt.load(z_ref.at[index(s), here, :], mask=inside[:, None], other=1.0) for s in range(S)
         ]
+        total = _apart(added(tiles))[:C]
         mean = added([load(square_ref.at[index(s), here]) for s in range(S)]) / inputs
         for c in range(C):
             put(refs[0].at[index(c), here], total[c])
         put(refs[1].at[here], mean)
         bias = [jnp.full(lanes, bias_ref[c], WIDE) for c in range(C)]
         for ref, columns in zip(refs[2:], run(total, [mean], bias), strict=True):
-            for k, column in enumerate(columns):
-                put(ref.at[here, index(k)], jnp.broadcast_to(jnp.asarray(column, WIDE), (lanes,)))
+            _put_columns(ref, (here,), columns, inside)
 
     outputs = (array(WIDE, C, T), array(WIDE, T), *(array(WIDE, T, k) for k in sizes))
     call = launch(
@@ -143,15 +175,15 @@ def coefficients_backward(
     inputs: int,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dz, rows[1 + N, T], dbias summed by program[programs, C]).
+    """(dz, rows[1 + N, T], dbias summed by program[C, programs]).
 
-    dz is [T, columns] in float32, or its [high | low] parts in bfloat16. The rows are what x is
-    multiplied by, and pre. `cotangents` holds, for each output of f, the arrays [T, size] that add
-    up to its cotangent."""
+    dz is [columns, T] in float32, or its [high | low] parts in bfloat16: tokens last, as on the
+    lanes. The rows are what x is multiplied by, and pre. `cotangents` holds, for each output of f,
+    the arrays [T, size] that add up to its cotangent."""
     C, T = z_CT.shape
     lanes = blocks.lanes
     programs = pl.cdiv(T, lanes)
-    run = on_lanes(f, [(C,), (), (C,)])
+    run = on_lanes(f, [(C,), (), (C,)], special=SPECIAL)
     counts = [len(group) for group in cotangents]
 
     def kernel(z_ref: Any, mean_ref: Any, bias_ref: Any, *refs: Any) -> None:
@@ -166,28 +198,23 @@ def coefficients_backward(
         outs, pull = jax.vjp(lambda *a: run(*a), *arguments)
         given, groups = iter(refs[: sum(counts)]), []
         for count, out in zip(counts, outs, strict=True):
-            own = [next(given) for _ in range(count)]
-            groups.append(
-                [
-                    added([load(r.at[here, index(k)], other=0.0) for r in own])
-                    for k in range(len(out))
-                ]
-            )
+            own = [_columns(next(given), (here,), len(out), inside, 0.0) for _ in range(count)]
+            groups.append([added(list(k)) for k in zip(*own, strict=True)])
         dz, (dmean,), dbias = pull(groups)
         dz_ref, rows_ref, dbias_ref = refs[-3:]
         for c in range(columns):
             column = dz[c] if c < C else jnp.zeros(lanes, WIDE)
             for p, part in enumerate(_two(column, dtype)):
-                put(dz_ref.at[here, index(p * columns + c)], part, mask=inside)
+                put(dz_ref.at[index(p * columns + c), here], part, mask=inside)
         for k, row in enumerate([dmean * (2 / inputs), *outs[0]]):
             put(rows_ref.at[index(k), here], row, mask=inside)
         for c in range(C):
-            dbias_ref[pl.program_id(0), c] = jnp.sum(dbias[c])
+            dbias_ref[c, pl.program_id(0)] = jnp.sum(dbias[c])
 
     outputs = (
-        array(dtype, T, columns * (1 if dtype == WIDE else 2)),
+        array(dtype, columns * (1 if dtype == WIDE else 2), T),
         array(WIDE, 1 + cotangents[0][0].shape[1], T),
-        array(WIDE, programs, C),
+        array(WIDE, C, programs),
     )
     call = launch(
         kernel, (programs,), outputs, warps=max(lanes // 32, 1), name="mhc_coefficients_backward"
@@ -232,10 +259,14 @@ def project_backward(
             along = partial(plt.load, mask=inside, other=0.0)
             here_t = pl.ds(t, rows)
             x = load(x_ref.at[here_t, here])
-            dz = [load(dz_ref.at[here_t, pl.ds(p, C)]) for p in range(0, dz_ref.shape[1], C)]
+            parts = range(0, dz_ref.shape[0], C)
+            dz = [
+                plt.load(dz_ref.at[pl.ds(p, C), here_t], mask=inside[None], other=0.0)
+                for p in parts
+            ]
             # Both rounded to the dtype of the streams, as dx itself will be.
             scale = along(scalars_ref.at[index(0), here_t])
-            out = scale[:, None] * x.astype(WIDE) + _dot(dz[0], w, (1, 1))
+            out = scale[:, None] * x.astype(WIDE) + _dot(dz[0], w, (0, 1))
             if du is not None:
                 pre = along(scalars_ref.at[1 + n, here_t])
                 du_tile = load(refs[0].at[here_t, pl.ds(d, step)])
@@ -243,7 +274,7 @@ def project_backward(
             out = out + load(before_ref.at[here_t, here]).astype(WIDE)
             plt.store(dx_ref.at[here_t, here], out.astype(dx_ref.dtype), mask=inside[:, None])
             for part in dz:
-                dw = dw + _dot(x, part, (0, 0))
+                dw = dw + _dot(x, part, (0, 1))
             return dw
 
         dw_ref[s, here, :] = jax.lax.fori_loop(0, each, body, jnp.zeros((step, C), WIDE))

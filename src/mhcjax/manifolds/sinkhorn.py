@@ -23,6 +23,7 @@ AXES = {"rows": -1, "columns": -2}  # the axis that a marginal sums over
 # make more loops, larger ones let memory grow with the iterations.
 CHUNK_ELEMENTS = 1 << 20
 CONVERGED = 1e-6  # distance from the fixed point up to which the gradient may be implicit
+SURE = 1e-12  # eps from which (eps / N)^2 is far above the smallest float32
 GRADIENTS = ("auto", "unrolled", "implicit", "autodiff")
 
 
@@ -148,8 +149,10 @@ def _start(spec: Sinkhorn, logits: jax.Array) -> jax.Array:
 
 def _divided(spec: Sinkhorn, k: jax.Array, axis: int) -> jax.Array:
     """k over its sums. An entry that underflowed to zero stays zero: no cotangent may reach it,
-    since 1 / eps to the power of the iterations would turn it into 0 * inf."""
-    k = jnp.where(k > 0, k, 0)
+    since 1 / eps to the power of the iterations would turn it into 0 * inf. After a softmax with
+    eps none can: cross ratios stay at eps^2 or more, so entries at (eps / N)^2."""
+    if spec.start == "exp" or spec.eps < SURE:
+        k = jnp.where(k > 0, k, 0)
     sums = jnp.sum(k, axis=axis, keepdims=True)
     if spec.eps and not spec.clamp:
         return k * (1 / (sums + spec.eps))  # N divisions, not N^2
