@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from experiments.bench import config_of
-from mhcjax import costs, gpt, layers, optim, plan, train
+from mhcjax import costs, gpt, layers, optim, plan, sharding, train
 from mhcjax.__main__ import main
 from mhcjax.config import Config, override, preset
 
@@ -96,9 +97,10 @@ def test_memory_by_hand():
     assert remat.activations == tokens * 2 * 4 * 64 * 2
     assert remat.temporary == max(found.temporary, found.activations // 2)
     # Streams alone, of each block by itself: kept are the streams, queries, keys and values, the
-    # attention, up, both outputs; made again norms, rotations, the square and the streams.
+    # attention, up, what is read and both outputs; made again norms, rotations, the square and the
+    # streams.
     streams = costs.memory(override(config, {"model.remat_streams": True}))
-    kept = 4 * 64 + (32 + 16 + 16 + 32) + 48 + 2 * 64
+    kept = 4 * 64 + (32 + 16 + 16 + 32) + 48 + 2 * 2 * 64
     assert streams.activations == tokens * 2 * 2 * kept
     again = tokens * (2 * (2 * 64 + 32 + 16 + 48 + 2 * 4 * 64) + 4 * factors)
     assert streams.temporary == max(found.temporary, again)
@@ -118,19 +120,27 @@ flash.defvjp(
 
 
 def kept_by_jax(config):
-    """Bytes per token of the arrays over positions that autodiff keeps from forward to backward."""
+    """Bytes per token of the arrays over positions that autodiff keeps from forward to backward, on
+    each device of `sequence`."""
     graphdef, params = gpt.graph(config.model), gpt.abstract_params(config.model)
-    rows, length = config.data.batch, config.data.length
-    tokens = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    rows, length, pieces = config.data.batch, config.data.length, config.mesh.sequence
+    tokens, own = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32), length // pieces
+    kept = []
 
     def pull(params, tokens):
-        return jax.vjp(lambda p: train.losses(nnx.merge(graphdef, p), tokens)[0], params)[1]
+        piece = sharding.piece(tokens)
+        loss, pulled = jax.vjp(lambda p: train.losses(nnx.merge(graphdef, p), piece)[0], params)
+        kept.extend((a.shape, a.dtype.itemsize) for a in jax.tree.leaves(pulled))
+        return loss
 
-    leading = {(rows, length), (rows * length,)}
+    mesh, whole = sharding.make_mesh(1, sequence=pieces), PartitionSpec()
+    split = jax.shard_map(pull, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    jax.eval_shape(split if pieces > 1 else pull, params, tokens)
+    leading = {(rows, length), (rows, own), (rows * own,)}
     return sum(
-        math.prod(a.shape) * a.dtype.itemsize / (rows * length)
-        for a in jax.tree.leaves(jax.eval_shape(pull, params, tokens))
-        if leading & {a.shape[:2], a.shape[:1]} or a.shape[1:] == (rows, length)
+        math.prod(shape) * size / (rows * own)
+        for shape, size in kept
+        if leading & {shape[:2], shape[:1]} or shape[1:] == (rows, own)
     )
 
 
@@ -166,6 +176,22 @@ def test_what_recomputed_blocks_and_streams_keep(monkeypatch, name, how, again):
         found.append((kept_by_jax(config), held))
     (short, stated), (long, stated_long) = found
     assert long - short == stated_long - stated > 0 and short > stated
+
+
+@pytest.mark.parametrize("again", [{}, {"model__remat": True}, {"model__remat_streams": True}])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_what_pieces_of_rows_keep(monkeypatch, heads, again):
+    """To the byte, of rows in four pieces against rows of a piece's length: keys and values of the
+    whole row, unless blocks are made again; and one mask, which `flash` does without."""
+    monkeypatch.setattr(layers, "attend", lambda q, k, v, **options: flash(q, k, v))
+    sizes = {"model__layers": 3, "model__width": 64, "model__heads": 4, "model__vocab": 256}
+    sizes |= {"model__kv_heads": heads, "data__batch": 2, **again}
+    split = changed(**sizes, data__length=192, mesh__sequence=4)
+    whole = changed(**sizes, data__length=48)
+    more = (costs.memory(split).activations - costs.memory(whole).activations) / (2 * 48)
+    more -= 2 * 2 * 48 * 192 / (2 * 48)
+    assert more == (0 if again == {"model__remat": True} else 3 * 2 * heads * 16 * (2 * 3 + 1))
+    assert kept_by_jax(split) - kept_by_jax(whole) == more
 
 
 @pytest.mark.parametrize(
@@ -340,12 +366,13 @@ def test_streams_by_hand():
     # The next read is part of the write: an ideal kernel's passes.
     single = streams("single_pass")
     assert math.isclose(single, 41 * by_kernels + forward + backward)
-    # Of twelve blocks each by itself, or two at a time: the last write is not made again.
-    again = 18 * by_kernels + forward
-    blocks, groups = streams("deepseek_v4", model__remat=True), 6
-    assert math.isclose(blocks, kernels + again - 12 / 24 * 9 * by_kernels)
-    grouped = streams("deepseek_v4", model__remat_streams=True)
-    assert math.isclose(grouped, kernels + again - groups / 24 * 9 * by_kernels)
+    # Twelve blocks each by itself: the last write is not made again. Two at a time: only writes.
+    blocks, grouped = (
+        streams("deepseek_v4", **{f"model__remat{s}": True}) for s in ("", "_streams")
+    )
+    again = 18 - 12 / 24 * 9
+    assert math.isclose(blocks, kernels + again * by_kernels + forward)
+    assert math.isclose(grouped, kernels + (9 - 6 / 24 * 9) * by_kernels)
     # Without kernels, the projection in float32 besides.
     plain = streams("deepseek_v4", model__connection__implementation="xla")
     assert plain > streams("mhc_n4") + 4e-3

@@ -126,7 +126,7 @@ class Sizes:
         # the streams at the start of each group.
         self.recomputed = _recomputed(m)
         in_groups = self.recomputed == "streams"
-        self.every = gpt.group_size(m, self.spec.streams) if in_groups else 1
+        self.every = gpt.group_size(m) if in_groups else 1
         self.groups = -(-m.layers // self.every)
 
 
@@ -197,9 +197,11 @@ def collectives(config: Config) -> list[Collective]:
 def _over_model(z: Sizes) -> list[Collective]:
     m = z.config.model
     stream = (z.rows, z.positions, m.width)
-    # The last output of a group is made again only for a write whose coefficients want its
-    # gradient. What is kept of the others is a part's, before the sum.
-    again = 2 * m.layers - (z.groups if z.fixed else 0) if z.recomputed else 0
+    # An output that is kept is a part's, before the sum. A residual's is made again only for the
+    # read after it, in the same block, and not where what is read is kept.
+    again = 2 * m.layers if z.recomputed else 0
+    if z.fixed:
+        again = m.layers if z.recomputed == "blocks" else 0
     part = (z.rows, z.positions // z.chunks)
     wide = str(jnp.promote_types(jnp.float32, m.dtype))
 
@@ -309,8 +311,9 @@ def memory(config: Config) -> Memory:
     values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
     its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Where `sequence`
     splits positions: keys and values of the whole row. Recomputed blocks keep N D each. Recomputed
-    streams keep N D a group of blocks, and of each block what its products and attention made:
-    queries, keys and values (not yet rotated), attention and both outputs, F (SwiGLU 2 F).
+    streams keep N D a group of blocks, and of each block what it read, 2 D, the coefficients, and
+    what its products and attention made: queries, keys and values (not yet rotated), attention and
+    both outputs, F (SwiGLU 2 F).
 
     >>> memory(Config()).optimizer > memory(Config()).parameters
     True
@@ -384,23 +387,27 @@ def _mask_bytes(z: Sizes) -> int:
 def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
     """Bytes per token: what the forward pass keeps of all blocks, and what is made again at
     once, of a block or of a group of them."""
-    m = z.config.model
+    m, N, sublayers = z.config.model, z.spec.streams, 2 * z.config.model.layers
     # With what the next sublayer reads, where that is carried.
-    streams = z.groups * m.width * (z.spec.streams + z.spec.carried) * z.bytes
+    streams = z.groups * m.width * (N + z.spec.carried) * z.bytes
     if not z.recomputed:
         return m.layers * block, 0
     if z.recomputed == "blocks":
         return streams, block
     ups = (2 if m.mlp == "swiglu" else 1) * z.hidden
-    # The last output of a group as in `_over_model`.
-    outputs = 2 * m.layers - (z.groups if z.fixed else 0)
-    floats = 0 if z.fused else 4 * 2 * m.layers * z.logits  # XLA's projection is a product too
-    whole_rows = _gathered_numbers(z)
-    kept = m.layers * (2 * z.queries + 2 * z.keys + whole_rows + ups) + outputs * m.width
-    # Of what a block saves these are there: values, attention, `ups` and the outputs.
-    there = z.queries + z.keys + whole_rows + ups + (0 if z.fixed else 2 * m.width)
-    again = z.every * (block - there * z.bytes)
-    return streams + kept * z.bytes + floats, again
+    # What is read, of which a group begins with the first where it is carried or the residual's;
+    # outputs, which the residual has no use for.
+    vectors = sublayers * (1 if z.fixed else 2)
+    vectors -= z.groups if z.fixed or z.spec.carried else 0
+    rows = _gathered_numbers(z)
+    kept = m.layers * (2 * z.queries + 2 * z.keys + rows + ups) + vectors * m.width
+    floats = z.logits + N * (N + 2) if z.logits else 0
+    # The kernels keep a mean square too, and no pre that no later read wants.
+    floats += 1 - (0 if z.spec.carried else N) if z.fused else 0
+    # Of what a block saves these are there: values, attention, `ups`, outputs and coefficients.
+    there = z.queries + z.keys + rows + ups + (0 if z.fixed else 2 * m.width)
+    again = z.every * (block - there * z.bytes - 4 * 2 * floats)
+    return streams + kept * z.bytes + 4 * sublayers * floats, again
 
 
 def _head_bytes(z: Sizes) -> int:

@@ -283,8 +283,7 @@ class GPT(nnx.Module):
         x, u = self._enter(tokens_BT)
         if self.config.walk == "loop":
             blocks = list(enumerate(_unstack(stacked, self.config.layers)))
-            streams = self.spec.streams
-            size = group_size(self.config, streams) if self.config.remat_streams else len(blocks)
+            size = group_size(self.config) if self.config.remat_streams else len(blocks)
             for first in range(0, len(blocks), size):
                 group = blocks[first : first + size]
 
@@ -348,17 +347,15 @@ class GPT(nnx.Module):
         return records, x
 
 
-def group_size(config: ModelConfig, streams: int) -> int:
-    """Blocks between two streams that are kept where streams alone are made again: sqrt(N L /
-    (N + 2)) of the L sublayers, where those kept and those made again at once take the same memory;
-    a scan keeps those of every block.
+def group_size(config: ModelConfig) -> int:
+    """Blocks between two streams that are kept where streams alone are made again, 1 in a scan:
+    sqrt(N L / (N + 2)) of L sublayers, where those kept take the memory of those made again.
 
-    >>> group_size(ModelConfig(layers=24), 4), group_size(ModelConfig(layers=24, walk="scan"), 4)
-    (3, 1)
+    >>> group_size(ModelConfig(layers=24)), group_size(ModelConfig(layers=24, walk="scan"))
+    (2, 1)
     """
-    if config.walk == "scan":
-        return 1
-    return max(1, round(math.sqrt(streams * 2 * config.layers / (streams + 2)) / 2))
+    N = connection_of(config).streams
+    return 1 if config.walk == "scan" else max(1, round(math.sqrt(N * config.layers / (2 * N + 4))))
 
 
 def _unstack(stacked: Any, layers: int) -> list[Any]:

@@ -174,16 +174,18 @@ def _on_streams(z: Sizes, kind: train.Device) -> float:
         backward += N + 1  # the cotangent of pre by a pass of its own
     forward = project + read + write
     passes = sublayers * (forward + backward)
-    if z.recomputed:  # the last streams of a group are there, or nobody wants them
+    # The last streams of a group are there, or nobody wants them; the residual's are what is read.
+    if z.recomputed == "blocks":
         passes += sublayers * forward - z.groups * write
+    elif z.recomputed and not z.fixed:
+        passes += (sublayers - z.groups) * write
     seconds = z.tokens * passes * z.config.model.width * z.bytes
     seconds /= (KERNELS if z.fused else BANDWIDTH) * (kind.bandwidth or 0)
-    times = 1 + bool(z.recomputed), 1  # forward, backward
+    times = 1 + (z.recomputed == "blocks"), 1  # forward, backward
     if z.fused:
         of_logit = sum(n * each for n, each in zip(times, COEFFICIENTS, strict=True))
         seconds += sublayers * z.tokens * z.logits * of_logit
     elif z.logits:
-        # Recomputed streams keep what products made, the projection's too.
         products = z.projection * (8 if z.recomputed == "blocks" else 6)
         seconds += sublayers * z.tokens * products / (PROJECTION * kind.peak_flops)
         floats = 5 * 4 * spec.streams * (spec.streams + 2)
