@@ -35,6 +35,7 @@ DYNAMIC = "deepseek_v4"  # N=4, its mix of every token's own streams
 TOKENS = {"gpt2_124m": 1 << 19, "gpt_1b3": 1 << 20, "gpt_7b": 1 << 22, "gpt_27b": 1 << 22}
 RESULTS = Path(__file__).parent / "results"
 RECORDED = ("model_h200.json", "model_kernels_h200.json")  # steps of one GPU
+LONG = ("gpt_7b", 1 << 17, 64, (1, 2, 4, 8))  # a long context: length, GPUs, pieces of a row
 SPARE = 0.9  # of the memory that a plan may fill: NCCL, fragments and the estimate's own error
 
 
@@ -58,20 +59,24 @@ class Choice(NamedTuple):
 
 
 def candidates(config: Config, gpus: int, tokens: int) -> Iterator[Config]:
-    """Every mesh, placement and micro-batch. A GPU of `data` has at least one row: the batch grows
-    where they outnumber its rows."""
+    """Every mesh, placement and micro-batch. A GPU of `data` has at least one row: where GPUs
+    outnumber rows, or the config says so, `sequence` splits them."""
+    whole = tokens // config.data.length
     for model in (1, 2, 4, 8):
-        if gpus % model or config.model.heads % model:
+        sequence = max(config.mesh.sequence, gpus // model // whole)
+        data = gpus // model // sequence
+        if data * sequence * model != gpus or config.model.heads % model or data > whole:
             continue
-        data = gpus // model
-        rows = max(1, tokens // config.data.length // data)
+        rows = whole // data
+        shardable = data > 1 and config.model.width % data == 0
         for micro in (1 << k for k in range(rows.bit_length())):
-            for shard in (False, True) if data > 1 else (False,):
+            for shard in (False, True) if shardable else (False,):
                 for again in ({}, {"model.remat": True}, {"model.remat_streams": True}):
                     yield override(
                         config,
                         {
                             "mesh.data": data,
+                            "mesh.sequence": sequence,
                             "mesh.model": model,
                             "mesh.shard_params": shard,
                             **again,
@@ -97,6 +102,7 @@ def limit(choice: Choice) -> str:
     took = choice.seconds
     named = {
         "sums over model": took.model,
+        "keys and values over sequence": took.sequence,
         "gradients over data": took.data,
         "passes over the streams": took.streams,
         "other passes": took.passes,
@@ -108,30 +114,29 @@ def limit(choice: Choice) -> str:
 
 
 def _mesh(config: Config) -> str:
-    words = [f"{config.mesh.data} x {config.mesh.model}"]
+    mesh = config.mesh
+    words = [f"{mesh.data} x {mesh.sequence} x {mesh.model}"]
     words += ["sharded"] if config.mesh.shard_params else []
     words += ["remat"] if config.model.remat else []
     words += ["streams again"] if config.model.remat_streams else []
     return ", ".join(words)
 
 
-def _row(name: str, gpus: int, tokens: int, mixed: Choice | None, plain: Choice | None) -> str:
+def _row(name: str, gpus: int, mixed: Choice | None, plain: Choice | None) -> str:
     if mixed is None:
-        return f"| {name} | {gpus:,} | none fits | | | | | | | the memory |"
+        return f"| {name} | {gpus:,} | none fits | | | | | | the memory |"
     data = mixed.config.data
-    batch = data.batch * data.micro_batches * data.length
-    grown = "; the batch had to grow" if batch > tokens else ""
     cost = f"{1 - mixed.tokens_per_second / plain.tokens_per_second:.0%}" if plain else "-"
     room = f"{plain.memory.peak / 1e9:.0f}" if plain else "-"
     return (
-        f"| {name} | {gpus:,} | {_mesh(mixed.config)}, {data.micro_batches} micro | {batch:,} "
+        f"| {name} | {gpus:,} | {_mesh(mixed.config)}, {data.micro_batches} micro "
         f"| {mixed.memory.peak / 1e9:.0f} ({room}) | {mixed.seconds.communication:.0%} "
-        f"| {mixed.tokens_per_second:,.0f} | {mixed.mfu:.0%} | {cost} | {limit(mixed)}{grown} |"
+        f"| {mixed.tokens_per_second:,.0f} | {mixed.mfu:.0%} | {cost} | {limit(mixed)} |"
     )
 
 
 HEADER = (
-    "| shape | GPUs | mesh: data x model | tokens of an update | GB a GPU (residual) | exchanging "
+    "| shape | GPUs | mesh: data x sequence x model | GB a GPU (residual) | exchanging "
     "| tokens/s | MFU | slower than residual | first to stop it |"
 )
 
@@ -151,8 +156,7 @@ def page() -> str:
             f"{tokens:,} tokens an update"
         )
         rows += [
-            _row(shape, gpus, tokens, best(mixed, gpus, tokens), best(plain, gpus, tokens))
-            for gpus in GPUS
+            _row(shape, gpus, best(mixed, gpus, tokens), best(plain, gpus, tokens)) for gpus in GPUS
         ]
     kind = train.DEVICES[DEVICE]
     return PAGE.format(
@@ -161,6 +165,9 @@ def page() -> str:
         header=HEADER,
         rule="|" + "---|" * HEADER.count(" | ") + "---|",
         rows="\n".join(rows),
+        long_shape=LONG[0],
+        long_length=LONG[1],
+        long_rows="\n".join(_long()),
         measured=_measured(),
         recorded=" and ".join(f"`experiments/results/{name}`" for name in RECORDED),
         connection=DYNAMIC,
@@ -179,6 +186,21 @@ def page() -> str:
         projection=plan.PROJECTION,
         reached=plan.LINK,
     )
+
+
+def _long() -> Iterator[str]:
+    """The fastest plan of a long context for each way to split its rows."""
+    from experiments.bench import config_of
+
+    shape, length, gpus, splits = LONG
+    sizes = {"model.context": length, "data.length": length}
+    for sequence in splits:
+        changes = {**sizes, "mesh.sequence": sequence}
+        mixed, plain = (
+            best(config_of(shape, name, changes), gpus, TOKENS[shape])
+            for name in (DYNAMIC, "residual")
+        )
+        yield _row(f"{shape}, rows in {sequence}", gpus, mixed, plain)
 
 
 def _measured() -> str:
@@ -233,14 +255,32 @@ communication.
 - **One sum of the gradients an update.** Its time depends on the parameters alone: 2 (n - 1) / n
   of their bytes, whatever the batch. More GPUs leave fewer tokens to hide it behind; nothing
   else ends the scaling of a model that fits. It is not overlapped with the backward pass here.
-- **The batch.** A GPU of `data` has at least one sequence. Beyond that the batch has to grow,
-  and a batch beyond the critical one buys little. To split sequences over GPUs is not built yet.
+- **The batch.** A GPU of `data` has at least one row. More GPUs than rows split each row over
+  `sequence`: the batch stays what it is, and every attention waits for keys and values.
 - **Sharded parameters are gathered whole**, once an update, and the gradients are whole before
   they are scattered: 8 bytes a parameter (12 with several micro-batches) on every GPU, divided
   by `model` only. It costs two exchanges an update and none a layer; it is also why a large
   model needs `model` before memory is full of its own state.
 - **`model` within a host.** Four sums of [batch, length, width] a block and micro-batch, each
   waited for; beyond one host the network would carry them.
+
+## Long contexts
+
+Over `sequence` each GPU has a contiguous piece of every row. Streams, mixing, MLP, norms, head and
+loss know one position at a time and stay there. Attention gathers the keys and values of the whole
+row, [batch, length, heads, size] of each, and scatters their gradients; where blocks are made again
+they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
+
+{header}
+{rule}
+{long_rows}
+
+- What a GPU keeps of its positions falls with their number; the gathered keys and values do not.
+  They are kept from forward to backward, unless blocks are made again: fewer KV heads, or remat.
+- The causal work is uneven: the last piece sees the whole row, the first only itself. A piece
+  masks by position and skips nothing, so that all take as long as the last: with many pieces twice
+  the attention of whole rows. On a GPU the mask is a bias of [length / sequence, length] numbers,
+  beside its gradient: not measured.
 
 ## Where mHC changes the answer
 
@@ -318,7 +358,8 @@ def config_for(request: Request, changes: dict[str, Any]) -> Config:
 
     config = config_of(request.shape, request.connection, changes)
     batch = config.data.batch * (request.devices if request.kind in ("weak", "sharded") else 1)
-    own: dict[str, Any] = {"mesh.data": request.devices // config.mesh.model, "data.batch": batch}
+    others = config.mesh.sequence * config.mesh.model
+    own: dict[str, Any] = {"mesh.data": request.devices // others, "data.batch": batch}
     if request.kind == "same":
         own |= {"model.dtype": "float32", "data.batch": min(batch, ROWS_ALIKE)}
     if request.kind == "sharded":

@@ -24,7 +24,7 @@ RATES = {"sgd": 0.5, "adamw": 0.01, "muon": 0.02}
 
 def config_of(optimizer, dtype, mesh, micro_batches):
     """All sizes divide by every mesh of eight devices."""
-    across, model, shard_params = mesh
+    across, model, shard_params, *sequence = mesh
     return Config(
         seed=3,
         model=ModelConfig(
@@ -47,7 +47,7 @@ def config_of(optimizer, dtype, mesh, micro_batches):
             schedule="constant",
             warmup_steps=0,
         ),
-        mesh=MeshConfig(data=across, model=model, shard_params=shard_params),
+        mesh=MeshConfig(across, *(sequence or [1]), model, shard_params),
     )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mhcjax import costs, diagnostics, ends, gpt, head, optim, train
+from mhcjax import costs, diagnostics, ends, gpt, head, optim, sharding, train
 from mhcjax.config import Config, override
 
 # Sizes that no two kinds of array share: 3 rows of 12 positions on each device, width 32.
@@ -34,9 +34,9 @@ SMALL = {
 }
 
 
-def config_of(data, model, **changes):
-    named = {"mesh.data": data, "mesh.model": model, "data.batch": 3 * data}
-    return override(Config(), {**SMALL, **named, **changes})
+def config_of(data, model, sequence=1, **changes):
+    sizes = {"mesh.data": data, "mesh.sequence": sequence, "mesh.model": model}
+    return override(Config(), {**SMALL, **sizes, "data.batch": 3 * data, **changes})
 
 
 def compiled(config):
@@ -46,7 +46,7 @@ def compiled(config):
 
 def exchanged(config, step=None):
     """Counter of the compiled step's collectives."""
-    sizes = {"data": config.mesh.data, "model": config.mesh.model}
+    sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
     return collectives.of((step or compiled(config)).as_text(), sizes)
 
 
@@ -67,7 +67,8 @@ def check(config):
     # The state is given away and taken back in place: what XLA aliases is all of it.
     held = costs.memory(config)
     assert step.memory_analysis().alias_size_in_bytes == held.parameters + held.optimizer
-    assert reduced_bytes(found, config) == once(config)
+    for axis in ("data", "sequence"):
+        assert reduced_bytes(found, config, axis) == once(config, axis)
     assert not carrying(found, config)
     return found
 
@@ -76,17 +77,22 @@ def difference(found, wanted):
     return f"compiled only {dict(found - wanted)}, stated only {dict(wanted - found)}"
 
 
-def reduced_bytes(found, config):
-    """Bytes of gradients that are summed over data in one update; the losses are two scalars."""
-    kinds = ("all-reduce", "reduce-scatter")
-    arrays = [(c, n) for c, n in found.items() if c.axes == "data" and c.kind in kinds]
-    return sum(n * c.bytes for c, n in arrays if c.shape)
+def reduced_bytes(found, config, axis="data"):
+    """Bytes of gradients that are summed over the axis in one update; the losses are two scalars.
+    Over `sequence` alone keys and values are scattered; with `data`, what is summed is a share of
+    what was scattered there, and counts as the whole."""
+    total = 0
+    for c, n in found.items():
+        kinds = ("all-reduce",) if c.axes == "sequence" else ("all-reduce", "reduce-scatter")
+        if c.shape and axis in c.axes.split("+") and c.kind in kinds:
+            total += n * c.bytes * (config.mesh.data if c.axes == "sequence" else 1)
+    return total
 
 
-def once(config):
+def once(config, axis="data"):
     """Bytes of every gradient but scalars, by hand: a part of the split ones, the rest whole. In a
     model of one block the first pre and the last res are frozen altogether: never summed."""
-    if config.mesh.data == 1:
+    if getattr(config.mesh, axis) == 1:
         return 0
     params = gpt.abstract_params(config.model)
     dead = diagnostics.dead_leaves(gpt.connection_of(config.model), 2 * config.model.layers)
@@ -103,15 +109,18 @@ def once(config):
 
 
 def carrying(found, config):
-    """Arrays over positions that are neither [B, T] nor [B, T, D]: a stream, or logits."""
-    rows, width = config.data.batch // config.mesh.data, config.model.width
+    """Arrays over positions that are neither [B, T] nor [B, T, D], nor keys and values of whole
+    rows over `sequence`: a stream, or logits."""
+    m, mesh = config.model, config.mesh
+    rows, heads = config.data.batch // mesh.data, (m.kv_heads or m.heads) // mesh.model
+    fine = {"sequence": [(heads, m.width // m.heads)]}
     return [
         c
         for c in found
         if len(c.shape) > 1
         and c.shape[0] == rows
         and config.data.length % c.shape[1] == 0
-        and c.shape[2:] not in ((), (width,))
+        and c.shape[2:] not in fine.get(c.axes, [(), (m.width,)])
     ]
 
 
@@ -122,24 +131,32 @@ def identity(case):
 MESHES = [(8, 1), (4, 2), (2, 4)]
 GRID = [(*mesh, shard, micro) for mesh in MESHES for shard in (False, True) for micro in (1, 4)]
 QUICK = {(8, 1, False, 4), (8, 1, True, 4), (4, 2, False, 1), (4, 2, True, 4), (2, 4, True, 1)}
+# With `sequence` as the last: each position on one device, and together with the other axes.
+SEQUENCES = [(1, 1, False, 1, 6), (2, 1, True, 4, 4), (2, 2, True, 1, 2), (2, 2, False, 4, 2)]
+QUICK |= {SEQUENCES[1], SEQUENCES[3]}
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "shard", "micro"),
+    "case",
     [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=identity(case))
-        for case in GRID
+        pytest.param(case, marks=() if case in QUICK else pytest.mark.slow, id=identity(case))
+        for case in [*GRID, *SEQUENCES]
     ],
 )
-def test_every_mesh(data, model, shard, micro):
-    """Each gradient crosses `data` once, whatever the accumulation; `model` sees [B, T, D] only."""
-    config = config_of(data, model, **{"mesh.shard_params": shard, "data.micro_batches": micro})
-    found = check(config)
+def test_every_mesh(case):
+    """Each gradient crosses `data` and `sequence` once, whatever the accumulation; `model` sees
+    [B, T, D] only, `sequence` keys and values only."""
+    data, model, shard, micro, sequence = (*case, 1)[:5]
+    changes = {"mesh.shard_params": shard, "data.micro_batches": micro}
+    found = check(config_of(data, model, sequence, **changes))
     over_model = [c for c in found if c.axes == "model" and c.shape]
     assert bool(over_model) == (model > 1)
     if model > 1:  # embedding, two sums a sublayer, the head's one, of [3, 12, 32]
-        stream = collectives.Collective("all-reduce", "model", "f32", (3, 12, 32))
+        stream = collectives.Collective("all-reduce", "model", "f32", (3, 12 // sequence, 32))
         assert found[stream] == micro * (1 + 4 + 1)
+    for kind in ("all-gather", "reduce-scatter"):  # of keys and values
+        both = collectives.Collective(kind, "sequence", "f32", (3, 12, 4 // model, 8))
+        assert found[both] == (2 * micro if sequence > 1 else 0)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +192,42 @@ def test_every_mesh(data, model, shard, micro):
 )
 def test_every_kind_of_model(changes):
     check(config_of(4, 2, **{"model.layers": 1, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.remat": True, "model.kv_heads": 2, "model.layers": 2},
+        {"model.remat_streams": True, "model.layers": 2},
+        pytest.param({"model.walk": "scan", "model.layers": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model.connection.preset": "mhc", "optim.name": "muon", "mesh.shard_params": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"model.connection.preset": "single_pass"}, marks=pytest.mark.slow),
+        pytest.param({"model.loss": "plain", "model.tied": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(f"{k.split('.')[-1]}={v}" for k, v in changes.items()),
+)
+def test_every_kind_of_model_in_pieces(changes):
+    check(config_of(2, 2, 2, **changes))
+
+
+def test_evaluation_and_probe_of_pieces():
+    """Of whole rows they too hold nothing but tokens, keys and values."""
+    config = config_of(2, 2, 2)
+    program = train.program(config)
+    params = program.abstract_state.params
+    tokens = jax.ShapeDtypeStruct((6, 13), "int32")
+    bytes_V = jax.ShapeDtypeStruct((1000,), "int32")
+    for step in (
+        program.eval_step.lower(params, tokens, bytes_V),
+        program.probe.lower(params, tokens),
+    ):
+        text = step.compile().as_text()
+        held = set(re.findall(r"f32\[3,12,([\d,]+)\]", text))
+        assert held and held == {"2,8"}
+        assert "f32[3,6,4,32]" in text
 
 
 def test_a_head_in_chunks(monkeypatch):
@@ -256,17 +309,19 @@ def test_a_reduction_in_each_micro_batch_is_caught(monkeypatch):
     assert reduced_bytes(found, config) >= 5 * once(config)
 
 
-def test_a_gathered_stream_is_caught(monkeypatch):
+@pytest.mark.parametrize(("axis", "mesh"), [("model", (4, 2)), ("sequence", (2, 2, 2))])
+def test_a_gathered_stream_is_caught(monkeypatch, axis, mesh):
     honest = ends.expand
 
     def gathered(*args, **options):
-        return jax.lax.pmean(honest(*args, **options), "model")
+        return jax.lax.pmean(honest(*args, **options), axis)
 
     monkeypatch.setattr(ends, "expand", gathered)
-    config = config_of(4, 2)
+    config = config_of(*mesh)
     found = exchanged(config)
     assert found != stated(config)
-    assert {c.shape for c in carrying(found, config)} == {(3, 12, 4, 32)}
+    shape = (3, 12 // config.mesh.sequence, 4, 32)
+    assert {c.shape for c in carrying(found, config)} == {shape}
 
 
 def test_gathered_logits_are_caught(monkeypatch):
@@ -290,6 +345,7 @@ def test_a_wrong_closed_form_is_caught():
         {"mesh.shard_params": True},
         {"model.remat": True},
         {"mesh.data": 2, "mesh.model": 4, "data.batch": 6},
+        {"mesh.data": 2, "mesh.sequence": 2, "data.batch": 6},
     ):
         assert stated(config) != stated(override(config, other)), other
 

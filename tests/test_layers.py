@@ -83,3 +83,38 @@ def test_attention_in_float64_is_that_in_float32(kv):
         close(masked, layers.attend(low[0][:, :1], *low[1:], mask=seen), 1e-6)
         blind = layers.attend(q[:, :1], k, v.at[0, 2:].set(9.0).at[1, 4:].set(9.0), mask=seen)
         close(blind, masked, 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-5), pytest.param("bfloat16", 2**-6, marks=pytest.mark.gpu)],
+)
+def test_queries_in_pieces(dtype, tolerance):
+    """Each of four pieces of the queries sees all keys up to its own: the causal whole, and the
+    gradients: sums in another order, 1e-5. On a GPU cuDNN makes both in bfloat16: rounding of what
+    it is given and gives, 2^-8 each."""
+    size = 32
+    q, dout = (draw(2, 4 * size, 4, 64, seed=seed, dtype=np.float32) for seed in (0, 1))
+    k, v = (draw(2, 4 * size, 2, 64, seed=seed, dtype=np.float32) for seed in (2, 3))
+
+    def pieces(q, k, v, late=0):
+        seen = jnp.arange(4 * size) <= jnp.arange(4 * size)[:, None] + late
+        made = [
+            layers.attend(q[:, at : at + size], k, v, mask=seen[None, None, at : at + size])
+            for at in range(0, 4 * size, size)
+        ]
+        return jnp.concatenate(made, axis=1)
+
+    def pulled(f, *arrays):
+        y, pull = jax.vjp(f, *arrays[:3])
+        return y, *pull(arrays[3])
+
+    low = [a.astype(dtype) for a in (q, k, v, dout)]
+    if dtype == "bfloat16":
+        assert layers._implementation(low[0]) == "cudnn"
+    wanted = pulled(lambda *a: layers.attend(*a, is_causal=True), q, k, v, dout)
+    for found, exact in zip(pulled(pieces, *low), wanted, strict=True):
+        assert found.dtype == dtype
+        close(found, exact, tolerance)
+    with pytest.raises(AssertionError):  # one position too many
+        close(pieces(*low[:3], late=1), wanted[0], tolerance)

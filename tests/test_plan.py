@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from experiments.bench import config_of
-from mhcjax import costs, gpt, layers, optim, plan, train
+from mhcjax import costs, gpt, layers, optim, plan, sharding, train
 from mhcjax.__main__ import main
 from mhcjax.config import Config, override, preset
 
@@ -118,19 +119,27 @@ flash.defvjp(
 
 
 def kept_by_jax(config):
-    """Bytes per token of the arrays over positions that autodiff keeps from forward to backward."""
+    """Bytes per token of the arrays over positions that autodiff keeps from forward to backward, on
+    each device of `sequence`."""
     graphdef, params = gpt.graph(config.model), gpt.abstract_params(config.model)
-    rows, length = config.data.batch, config.data.length
-    tokens = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    rows, length, pieces = config.data.batch, config.data.length, config.mesh.sequence
+    tokens, own = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32), length // pieces
+    kept = []
 
     def pull(params, tokens):
-        return jax.vjp(lambda p: train.losses(nnx.merge(graphdef, p), tokens)[0], params)[1]
+        piece = sharding.piece(tokens)
+        loss, pulled = jax.vjp(lambda p: train.losses(nnx.merge(graphdef, p), piece)[0], params)
+        kept.extend((a.shape, a.dtype.itemsize) for a in jax.tree.leaves(pulled))
+        return loss
 
-    leading = {(rows, length), (rows * length,)}
+    mesh, whole = sharding.make_mesh(1, sequence=pieces), PartitionSpec()
+    split = jax.shard_map(pull, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    jax.eval_shape(split if pieces > 1 else pull, params, tokens)
+    leading = {(rows, length), (rows, own), (rows * own,)}
     return sum(
-        math.prod(a.shape) * a.dtype.itemsize / (rows * length)
-        for a in jax.tree.leaves(jax.eval_shape(pull, params, tokens))
-        if leading & {a.shape[:2], a.shape[:1]} or a.shape[1:] == (rows, length)
+        math.prod(shape) * size / (rows * own)
+        for shape, size in kept
+        if leading & {shape[:2], shape[:1]} or shape[1:] == (rows, own)
     )
 
 
@@ -168,6 +177,22 @@ def test_what_recomputed_blocks_and_streams_keep(monkeypatch, name, how, again):
     assert long - short == stated_long - stated > 0 and short > stated
 
 
+@pytest.mark.parametrize("again", [{}, {"model__remat": True}, {"model__remat_streams": True}])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_what_pieces_of_rows_keep(monkeypatch, heads, again):
+    """To the byte, of rows in four pieces against rows of a piece's length: keys and values of the
+    whole row, unless blocks are made again; and one mask, which `flash` does without."""
+    monkeypatch.setattr(layers, "attend", lambda q, k, v, **options: flash(q, k, v))
+    sizes = {"model__layers": 3, "model__width": 64, "model__heads": 4, "model__vocab": 256}
+    sizes |= {"model__kv_heads": heads, "data__batch": 2, **again}
+    split = changed(**sizes, data__length=192, mesh__sequence=4)
+    whole = changed(**sizes, data__length=48)
+    more = (costs.memory(split).activations - costs.memory(whole).activations) / (2 * 48)
+    more -= 2 * 2 * 48 * 192 / (2 * 48)
+    assert more == (0 if again == {"model__remat": True} else 3 * 2 * heads * 16 * (2 * 3 + 1))
+    assert kept_by_jax(split) - kept_by_jax(whole) == more
+
+
 @pytest.mark.parametrize(
     ("name", "again"),
     [("mhc_n4", "remat"), ("mhc_n4", "remat_streams"), ("residual", "remat_streams")],
@@ -192,6 +217,19 @@ def test_what_compiled_programs_keep(name, again):
         )
     (short, stated), (long, stated_long) = held
     assert math.isclose(long - short, stated_long - stated, rel_tol=0.01)
+
+
+def test_memory_of_pieces_by_hand():
+    """A row of 1,024 tokens in four pieces: keys and values of all of it are kept, the rotated keys
+    of the piece besides, and one mask as a bias with its gradient; all else is of 256 tokens."""
+    rows = changed(data__length=256, mesh__data=2)
+    whole, pieces = costs.memory(rows), costs.memory(changed(mesh__data=2, mesh__sequence=4))
+    for part in ("parameters", "optimizer", "gradients", "narrow", "temporary"):
+        assert getattr(pieces, part) == getattr(whole, part), part
+    numbers = 12 * 32 * 768 * (2 * 1024 - 2 * 256 + 256)
+    assert pieces.activations - whole.activations == 2 * (numbers + 2 * 256 * 1024)
+    remat = costs.memory(changed(mesh__data=2, mesh__sequence=4, model__remat=True))
+    assert remat.activations == 2 * (12 * 32 * 256 * 4 * 768 + 2 * 256 * 1024)
 
 
 def test_streams_multiply_what_is_saved_and_nothing_else():
@@ -254,9 +292,38 @@ def test_time_of_a_ring_by_hand():
     assert took.communication == (took.model + took.data) / took.total
 
 
+def test_time_of_pieces_by_hand():
+    """4 x 2 x 2 H200 on two hosts: `sequence` and `model` within one, `data` over both."""
+    config = changed(mesh__data=4, mesh__sequence=2, mesh__model=2, mesh__shard_params=True)
+    took, found = plan.seconds(config, "h200"), costs.collectives(config)
+    assert {c.axis for c in found} == {"data", "sequence", "data+sequence", "model"}
+    both = [c for c in found if c.what == "keys and values"]
+    assert [c.count for c in both] == [2 * 12] * 2
+    assert {c.bytes for c in both} == {24 * 16 * 1024 * 384 * 2}
+    shares = [c for c in found if c.axis == "sequence" and c.what == "gradients"]
+    near, far = 0.82 * 450e9, 0.82 * 2 * 50e9  # of a group of `data`, two are within a host
+    wanted = sum(c.bytes for c in both) / 2 / near + 2 * 24 * plan.LATENCY
+    assert math.isclose(took.sequence, wanted + sum(c.bytes for c in shares) / near)
+    wanted = (
+        sum(
+            c.bytes * (1.5 if c.kind == "all-reduce" else 0.75)
+            for c in found
+            if c.axis == "data" and c.what != "norm"
+        )
+        / far
+    )
+    norms = sum(c.bytes for c in found if c.axis == "data" and c.what == "norm") * 1.5 / far
+    joint = sum(c.bytes for c in found if c.axis == "data+sequence") * 2 * 7 / 8 / (0.82 * 4 * 50e9)
+    assert math.isclose(took.data, wanted + norms + joint)
+    assert took.communication == (took.model + took.sequence + took.data) / took.total
+    # The same tokens on each device, every query against the whole row, whichever piece it is in.
+    whole = plan.seconds(changed(mesh__data=8, mesh__model=2, mesh__shard_params=True), "h200")
+    assert took.attention == 2 * whole.attention and took.matmul == whole.matmul
+
+
 def test_what_must_hold_of_any_plan():
     one = plan.seconds(BASE, "h200")
-    assert one.model == one.data == one.communication == 0
+    assert one.model == one.sequence == one.data == one.communication == 0
     assert one.total == sum(getattr(one, f.name) for f in dataclasses.fields(one))
     # The same rows on each of eight devices: what is local takes as long, the sum comes on top.
     weak = plan.seconds(changed(mesh__data=8, data__batch=512), "h200")
@@ -363,6 +430,9 @@ def test_info_of_a_mesh(capsys):
     assert main(["info", "--mesh", "data=8,model=2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["devices"] == 16 and "predicted MFU" not in rows and "fits" not in rows
+    assert main(["info", "--mesh", "data=4,sequence=2,model=1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["devices"] == 8 and rows["mesh"] == "data 4 x sequence 2 x model 1"
     # A TPU's links are not in the table: what fits is said, what it takes is not.
     assert main(["info", "--mesh", "data=8", "--device", "v5p", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -382,6 +452,11 @@ def test_info_of_a_mesh(capsys):
         (
             ["--mesh", "model=3"],
             "model.heads, 4, does not divide by mesh.model 3: give mesh.model one of [1, 2]",
+        ),
+        (
+            ["--mesh", "data=4,sequence=3"],
+            "data.length, 128, does not divide by mesh.sequence 3: "
+            "give mesh.sequence one of [1, 2, 4, 8]",
         ),
         (["--mesh", "data=2", "--device", "abacus"], "'abacus' fits 0 known kinds"),
     ],

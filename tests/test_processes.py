@@ -156,11 +156,13 @@ MESHES = [(8, 1, False), (8, 1, True), (4, 2, False), (4, 2, True), (2, 4, False
 KINDS = [("sgd", "float32", 1e-6), ("adamw", "float64", 1e-10), ("muon", "float64", 1e-10)]
 MATRIX = list(itertools.product(KINDS, MESHES, (1, 4)))
 QUICK = (KINDS[1], (4, 2, True), 4)
+# With `sequence` as the last: across both processes, and within each.
+PIECES = [(KINDS[1], (1, 1, False, 8), 4), (KINDS[1], (2, 1, True, 4), 1)]
 
 
 def job(kind, mesh, micro_batches, **more):
     optimizer, dtype, _ = kind
-    name = f"{optimizer}-{'x'.join(map(str, mesh[:2]))}-{mesh[2]}-{micro_batches}"
+    name = f"{optimizer}-{'x'.join(map(str, mesh))}-{micro_batches}"
     settings = {"optimizer": optimizer, "dtype": dtype, "mesh": mesh, "steps": STEPS}
     return {"name": name, **settings, "micro_batches": micro_batches, **more}
 
@@ -190,7 +192,7 @@ def check_equal(folder, cases):
         found = loaded(folder / f"{name}.npz")
         batches, read = batches_of(folder, name, config)
         np.testing.assert_array_equal(batches, wanted_batches(config))
-        assert read == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+        assert read == ([set(range(8))] * 2 if mesh[0] == 1 else [{0, 1, 2, 3}, {4, 5, 6, 7}])
         for one in (mesh, (1, 1, False)):
             wanted = alone(optimizer, dtype, one, micro_batches)
             losses, leaves = gap(found, wanted)
@@ -215,6 +217,13 @@ def test_two_processes_equal_one_and_one_device(short):
 def test_two_processes_equal_one_on_every_mesh(tmp_path):
     work_in_two(tmp_path, [*(job(*case) for case in MATRIX), WRONG])
     check_equal(tmp_path, MATRIX)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_pieces_of_rows(tmp_path):
+    """Two that share the rows each read them whole, once."""
+    work_in_two(tmp_path, [*(job(*case) for case in PIECES), WRONG])
+    check_equal(tmp_path, PIECES)
 
 
 def test_rows_that_every_device_holds_are_read_once_in_each_process(tmp_path):

@@ -28,7 +28,8 @@ def test_the_page_is_what_its_command_says():
         r for name in scaling.RECORDED for r in json.loads((scaling.RESULTS / name).read_text())
     ]
     measured = sum(r["shape"] in scaling.TOKENS for r in recorded)
-    assert page.count("\n| gpt") == len(scaling.TOKENS) * len(scaling.GPUS) + measured
+    planned = len(scaling.TOKENS) * len(scaling.GPUS) + len(scaling.LONG[3])
+    assert page.count("\n| gpt") == planned + measured
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
@@ -39,6 +40,7 @@ def test_the_best_is_the_fastest_that_fits(gpus):
     assert chosen.memory.peak <= ROOM and costs.mesh_of(chosen.config).size == gpus
     faster = 0
     for other in scaling.candidates(config, gpus, tokens):
+        train.check_mesh(other, costs.mesh_of(other))
         data = other.data
         assert data.batch * data.micro_batches * data.length == tokens
         took, held = scaling.plan.seconds(other, "h200").total, costs.memory(other).peak
@@ -47,14 +49,27 @@ def test_the_best_is_the_fastest_that_fits(gpus):
     assert faster or gpus > 1  # on one GPU memory is what decides
 
 
-def test_nothing_fits_and_a_batch_that_grows():
+def test_nothing_fits():
     config = bench.config_of("gpt_27b", "deepseek_v4", {})
     assert scaling.best(config, 1, 1 << 22) is None
-    assert "none fits" in scaling._row("gpt_27b", 1, 1 << 22, None, None)
-    small = bench.config_of("gpt2_124m", "residual", {})
-    grown = scaling.best(small, 4096, 1 << 19)
-    assert grown.config.data.batch * grown.config.data.length > 1 << 19
-    assert "the batch had to grow" in scaling._row("gpt2_124m", 4096, 1 << 19, grown, grown)
+    assert "none fits" in scaling._row("gpt_27b", 1, None, None)
+
+
+def test_rows_are_split_where_devices_outnumber_them():
+    """512 rows on 4,096 devices: eight for each row, along `sequence` or `model`."""
+    config = bench.config_of("gpt2_124m", "residual", {})
+    meshes = set()
+    for made in scaling.candidates(config, 4096, 1 << 19):
+        train.check_mesh(made, costs.mesh_of(made))
+        data, mesh = made.data, made.mesh
+        assert data.batch * data.micro_batches * data.length == 1 << 19
+        meshes.add((mesh.data, mesh.sequence, mesh.model))
+    assert meshes == {(512, 8, 1), (512, 4, 2)}  # its six heads are no multiple of four
+    chosen = scaling.best(config, 4096, 1 << 19)
+    assert "| 512 x 8 x 1" in scaling._row("gpt2_124m", 4096, chosen, chosen)
+    asked = {"mesh.sequence": 4}
+    config = bench.config_of("gpt2_124m", "residual", asked)
+    assert {c.mesh.sequence for c in scaling.candidates(config, 64, 1 << 19)} == {4}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ real difference between two meshes and another order of the same sum.
 """
 
 import functools
+import itertools
 import re
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mhcjax import gpt, optim, sharding, train
+from mhcjax import gpt, layers, optim, sharding, train
 from mhcjax.config import (
     Config,
     ConnectionConfig,
@@ -27,15 +28,17 @@ from mhcjax.config import (
 )
 
 STEPS = 5
-# (data, model, shard_params); all sizes below divide by eight, the storage of the vocabulary too.
+# (data, model, shard_params, and sequence where it splits); all sizes below divide by eight, the
+# storage of the vocabulary too.
 ONE = (1, 1, False)
 MESHES = [(8, 1, False), (8, 1, True), (4, 2, False), (4, 2, True)]
+SEQUENCES = [(2, 2, False, 2), (1, 1, False, 8), (2, 1, True, 4)]
 # Rates at which five steps move the parameters far beyond the tolerances.
 RATES = {"sgd": 0.5, "adamw": 0.01, "lion": 0.003, "muon": 0.02}
 
 
-def config_of(optimizer, dtype, mesh=ONE, layers=2):
-    data, model, shard_params = mesh
+def config_of(optimizer, dtype, mesh=ONE, layers=2, preset="mhc_n2", micro_batches=2):
+    data, model, shard_params, *sequence = mesh
     return Config(
         model=ModelConfig(
             layers=layers,
@@ -46,9 +49,11 @@ def config_of(optimizer, dtype, mesh=ONE, layers=2):
             vocab=120,
             context=8,
             dtype=dtype,
-            connection=ConnectionConfig(preset="mhc_n2", init="near_identity"),
+            connection=ConnectionConfig(
+                preset, init="near_identity" if preset == "mhc_n2" else None
+            ),
         ),
-        data=DataConfig(batch=8, length=8, micro_batches=2),
+        data=DataConfig(batch=8, length=8, micro_batches=micro_batches),
         # No clipping: it would hide a gradient that is wrong by a factor.
         optim=OptimConfig(
             name=optimizer,
@@ -58,7 +63,7 @@ def config_of(optimizer, dtype, mesh=ONE, layers=2):
             schedule="constant",
             warmup_steps=0,
         ),
-        mesh=MeshConfig(data=data, model=model, shard_params=shard_params),
+        mesh=MeshConfig(data, *(sequence or [1]), model, shard_params),
     )
 
 
@@ -91,10 +96,9 @@ def run(config, given=None):
 
 
 @functools.cache
-def alone(optimizer, dtype):
+def alone(optimizer, dtype, **model):
     """The run on one device, and that it moved every leaf that may move."""
-    config = config_of(optimizer, dtype)
-    found = run(config)
+    found = run(config_of(optimizer, dtype, **model))
     moved = {n for n, a in found.after.items() if (a != found.before[n]).any()}
     assert moved == set(found.before)
     return found
@@ -126,7 +130,8 @@ def gap(found, wanted):
 
 
 def identity(mesh):
-    return f"data{mesh[0]}-model{mesh[1]}-{'sharded' if mesh[2] else 'whole'}"
+    pieces = "".join(f"-sequence{n}" for n in mesh[3:])
+    return f"data{mesh[0]}{pieces}-model{mesh[1]}-{'sharded' if mesh[2] else 'whole'}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,6 +188,38 @@ def test_eight_devices_equal_one_in_float64(optimizer, mesh):
     assert distance(found.opt_state, wanted.opt_state) <= 1e-10
 
 
+# A part of every row on each device: the smallest first. --slow runs the full product.
+QUICK_PIECES = {
+    ("residual", SEQUENCES[1], 1),
+    ("mhc_n2", SEQUENCES[0], 2),
+    ("mhc", SEQUENCES[2], 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh", "micro_batches"),
+    [
+        pytest.param(
+            *case,
+            marks=() if case in QUICK_PIECES else pytest.mark.slow,
+            id=f"{case[0]}-{identity(case[1])}-{case[2]}",
+        )
+        for case in itertools.product(("residual", "mhc_n2", "mhc"), SEQUENCES, (1, 2))
+    ],
+)
+def test_pieces_of_rows_equal_whole_rows(preset, mesh, micro_batches):
+    """Down to one position on each device: attention over the whole row is the only exchange."""
+    model = {"preset": preset, "micro_batches": micro_batches}
+    wanted = alone("adamw", "float64", **model)
+    found = run(config_of("adamw", "float64", mesh, **model))
+    assert distance(found.before, wanted.before) == 0
+    assert distance(wanted.after, wanted.before) > 1e-2
+    losses, parameters = gap(found, wanted)
+    print(f"losses {losses:.2g}, parameters {parameters:.2g}")
+    assert losses <= 1e-10 and parameters <= 1e-10
+    assert distance(found.opt_state, wanted.opt_state) <= 1e-10
+
+
 # --------------------------------------------------------------------------------------------------
 # Negative controls: the same comparison, one thing wrong
 
@@ -208,6 +245,29 @@ def test_the_loss_of_one_shard_is_caught(monkeypatch):
     )
     losses, parameters = gap(run(config_of("sgd", "float32", MESH)), wanted)
     assert losses > 1e-3 and parameters > 1e-3
+
+
+def from_zero(positions_BT):
+    """What a piece would count that does not know where it begins."""
+    return positions_BT - positions_BT[:, :1]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["rotations", "mask", pytest.param("tokens", marks=pytest.mark.slow)]
+)
+def test_a_piece_that_counts_from_zero_is_caught(monkeypatch, wrong):
+    wanted, rope, attend = alone("sgd", "float32"), layers.rope, layers.attend
+    if wrong == "rotations":
+        monkeypatch.setattr(layers, "rope", lambda x, at, *rest: rope(x, from_zero(at), *rest))
+    elif wrong == "mask":
+        own = jnp.tril(jnp.ones((8 // SEQUENCES[0][3], 8), bool))[None, None]
+        monkeypatch.setattr(layers, "attend", lambda q, k, v, mask: attend(q, k, v, mask=own))
+    else:
+        size = 8 // SEQUENCES[0][3] + 1
+        monkeypatch.setattr(sharding, "piece", lambda tokens: tokens[..., :size])
+    losses, parameters = gap(run(config_of("sgd", "float32", SEQUENCES[0])), wanted)
+    print(f"losses {losses:.2g}, parameters {parameters:.2g}")
+    assert losses > 1e-4 and parameters > 1e-3
 
 
 @pytest.mark.slow
@@ -305,16 +365,21 @@ def test_arrays_lie_as_declared_before_and_after_a_step(mesh, share):
     assert all(a.is_deleted() for a in jax.tree.leaves(before))
 
 
-def test_evaluation_and_probe_on_eight_devices():
+@pytest.mark.parametrize(
+    "mesh",
+    [(4, 2, True), SEQUENCES[0], pytest.param(SEQUENCES[2], marks=pytest.mark.slow)],
+    ids=identity,
+)
+def test_evaluation_and_probe_on_eight_devices(mesh):
     """Float64: sums over the batch in another order, 1e-12."""
     found = {}
     with jax.enable_x64(True):
-        for mesh in (ONE, (4, 2, True)):
-            config = config_of("adamw", "float64", mesh)
+        for shape in (ONE, mesh):
+            config = config_of("adamw", "float64", shape)
             p = train.program(config)
             params, tokens = p.init(jax.random.key(0)).params, batches(config)[0, 0]
             bytes_V = jnp.asarray(np.arange(120) % 5, jnp.int32)
-            found[mesh] = named((p.eval_step(params, tokens, bytes_V), p.probe(params, tokens)))
+            found[shape] = named((p.eval_step(params, tokens, bytes_V), p.probe(params, tokens)))
     one, eight = found.values()
     assert one.keys() == eight.keys() and len(one) > 9
     for name in one:
@@ -326,27 +391,50 @@ def test_evaluation_and_probe_on_eight_devices():
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "shape"), [(None, 1, (8, 1)), (None, 4, (2, 4)), (2, 2, (2, 2))]
+    ("data", "sequence", "model", "shape"),
+    [
+        (None, 1, 1, (8, 1, 1)),
+        (None, 1, 4, (2, 1, 4)),
+        (2, 1, 2, (2, 1, 2)),
+        (None, 2, 2, (2, 2, 2)),
+        (1, 4, 1, (1, 4, 1)),
+    ],
 )
-def test_make_mesh(data, model, shape):
-    mesh = sharding.make_mesh(data, model)
-    assert dict(mesh.shape) == dict(zip(("data", "model"), shape, strict=True))
+def test_make_mesh(data, sequence, model, shape):
+    mesh = sharding.make_mesh(data, model, sequence=sequence)
+    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, shape, strict=True))
     assert mesh.devices.ravel().tolist() == jax.devices()[: mesh.size]
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "message"),
+    ("data", "model", "sequence", "message"),
     [
-        (0, 1, "mesh data=0, model=1: give at least 1 for each"),
-        (1, -2, "mesh data=1, model=-2: give at least 1 for each"),
-        (None, 3, "mesh.model 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
-        (8, 2, "mesh data=8 x model=2 wants 16 devices, 8 are here: give mesh.data at most 4"),
-        (2, 16, "mesh data=2 x model=16 wants 32 devices, 8 are here: give mesh.model at most 4"),
+        (0, 1, 1, "mesh data=0, model=1: give at least 1 for each"),
+        (1, -2, 1, "mesh data=1, model=-2: give at least 1 for each"),
+        (1, 1, 0, "mesh data=1, sequence=0, model=1: give at least 1 for each"),
+        (None, 1, 0, "mesh sequence=0, model=1: give at least 1 for each"),
+        (None, 1, 3, "mesh.sequence 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
+        (None, 3, 1, "mesh.model 3 does not divide the 8 devices: use one of [1, 2, 4, 8]"),
+        (
+            None,
+            2,
+            3,
+            "mesh.sequence 3 x mesh.model 2 does not divide the 8 devices: use one of [1, 2, 4, 8]",
+        ),
+        (8, 2, 1, "mesh data=8 x model=2 wants 16 devices, 8 are here: give mesh.data at most 4"),
+        (2, 16, 1, "data=2 x model=16 wants 32 devices, 8 are here: give mesh.model at most 4"),
+        (
+            2,
+            1,
+            16,
+            "mesh data=2 x sequence=16 x model=1 wants 32 devices, 8 are here: "
+            "give mesh.sequence at most 4",
+        ),
     ],
 )
-def test_meshes_that_cannot_be(data, model, message):
+def test_meshes_that_cannot_be(data, model, sequence, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        sharding.make_mesh(data, model)
+        sharding.make_mesh(data, model, sequence=sequence)
     assert "\n" not in str(error.value)
 
 

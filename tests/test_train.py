@@ -566,14 +566,22 @@ def test_device_of_refuses_in_one_line(name, fits):
             "the storage of model.vocab 128, 128, does not divide by mesh.model 3: "
             "give mesh.model one of [1, 2],",
         ),
+        (
+            (1, 1, 8),
+            {},
+            {"length": 12},
+            "data.length, 12, does not divide by mesh.sequence 8: "
+            "give mesh.sequence one of [1, 2, 3, 4, 6], or change the size",
+        ),
         ((1, 1), {}, {"length": 33}, "data.length 33 is beyond model.context 32: raise it"),
     ],
 )
 def test_configs_that_do_not_fit_the_mesh(mesh, model, options, message):
     config = config_of(model=model, **options)
+    mesh = sharding.make_mesh(*mesh[:2], sequence=(*mesh, 1)[2])
     for refuse in (train.check_mesh, train.program):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            refuse(config, sharding.make_mesh(*mesh))
+            refuse(config, mesh)
         assert "\n" not in str(error.value)
 
 

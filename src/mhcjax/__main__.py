@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--mesh",
-        metavar="data=64,model=8",
+        metavar="data=64,sequence=2,model=8",
         help="plan for that mesh: memory, collectives and, with --device, the step's time",
     )
     p.add_argument("--no-compile", action="store_true", help="leave out the memory of the step")

@@ -423,7 +423,8 @@ def diagnose(
         )
     )
 
-    flat = override(config, {"mesh.data": 1, "mesh.model": 1, "data.batch": tokens_BT.shape[0]})
+    one = {"mesh.data": 1, "mesh.sequence": 1, "mesh.model": 1}
+    flat = override(config, {**one, "data.batch": tokens_BT.shape[0]})
     probe = train.program(flat, sharding.make_mesh(1, 1)).probe(params, tokens_BT)
     checks.append(liveness(probe, config))
     spec = gpt.connection_of(config.model)

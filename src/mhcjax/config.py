@@ -152,9 +152,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices: batch over `data`; heads, hidden and vocabulary over `model`."""
+    """Devices: batch over `data`, the positions of its rows over `sequence`; heads, hidden and
+    vocabulary over `model`."""
 
-    data: int | None = _option(None, "devices along data (None: all that model leaves over)")
+    data: int | None = _option(None, "devices along data (None: all that the others leave over)")
+    sequence: int = _option(1, "devices along sequence: each has a part of every row")
     model: int = _option(1, "devices along model")
     shard_params: bool = _option(False, "shard parameters and optimizer state over data")
 
@@ -254,7 +256,7 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
     """(dotted name, type, value, help) of every leaf field, in order of declaration.
 
     >>> [name for name, *_ in fields(MeshConfig())]
-    ['data', 'model', 'shard_params']
+    ['data', 'sequence', 'model', 'shard_params']
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):

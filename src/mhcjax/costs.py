@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from mhcjax import coefficients, connections, gpt, head, optim, train
+from mhcjax import coefficients, connections, gpt, head, optim, sharding, train
 from mhcjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from mhcjax.diagnostics import dead_leaves
 
@@ -44,14 +44,14 @@ SUBLAYER = {f"{name}_connection": offset for offset, name in enumerate(gpt.SUBLA
 
 
 def parse_mesh(text: str) -> dict[str, Any]:
-    """`data=64,model=8` -> the config's changes.
+    """`data=64,model=8` -> the config's changes; an axis that is not named has one device.
 
     >>> parse_mesh("data=64,model=8")
-    {'mesh.data': 64, 'mesh.model': 8}
+    {'mesh.data': 64, 'mesh.sequence': 1, 'mesh.model': 8}
 
     Raises ValueError for anything else, with the form.
     """
-    found: dict[str, Any] = {"mesh.data": 1, "mesh.model": 1}
+    found: dict[str, Any] = {f"mesh.{axis}": 1 for axis in sharding.AXES}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if f"mesh.{name}" not in found or not size.isdecimal() or int(size) < 1:
@@ -65,10 +65,10 @@ def mesh_of(config: Config) -> AbstractMesh:
 
     >>> from mhcjax.config import override
     >>> dict(mesh_of(override(Config(), parse_mesh("data=64,model=8"))).shape)
-    {'data': 64, 'model': 8}
+    {'data': 64, 'sequence': 1, 'model': 8}
     """
-    sizes = (config.mesh.data or 1, config.mesh.model)
-    return AbstractMesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sizes = (config.mesh.data or 1, config.mesh.sequence, config.mesh.model)
+    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @functools.lru_cache(maxsize=64)  # a search over batches asks for the same one again and again
@@ -94,7 +94,7 @@ class Sizes:
     def __init__(self, config: Config) -> None:
         m, mesh = config.model, mesh_of(config)
         self.config, self.mesh = config, mesh
-        self.data, self.model = mesh.shape["data"], mesh.shape["model"]
+        self.data, self.sequence, self.model = (mesh.shape[axis] for axis in sharding.AXES)
         # Recomputing changes nothing of the state.
         plain = replace(m, remat=False, remat_streams=False)
         self.state = _state(plain, config.optim, config.mesh)
@@ -103,7 +103,8 @@ class Sizes:
         self.bytes = jnp.dtype(m.dtype).itemsize
         self.micro = config.data.micro_batches
         self.rows, self.length = config.data.batch // self.data, config.data.length
-        self.tokens = self.rows * self.length
+        self.positions = self.length // self.sequence  # of a row
+        self.tokens = self.rows * self.positions
         K = m.width // m.heads
         self.queries = m.heads * K // self.model
         self.keys = (m.kv_heads or m.heads) * K // self.model
@@ -111,7 +112,7 @@ class Sizes:
         self.vocab = self.state.params["embedding"].shape[0] // self.model
         self.chunks = 1
         if m.loss == "chunked":
-            h = jax.ShapeDtypeStruct((self.rows, self.length, m.width), m.dtype)
+            h = jax.ShapeDtypeStruct((self.rows, self.positions, m.width), m.dtype)
             self.chunks = head.chunks_of(h, jax.ShapeDtypeStruct((m.width, self.vocab), m.dtype))
         names = ("attention", "mlp")
         leaves = {n: jax.tree.leaves(self.state.params["blocks"][n]) for n in names}
@@ -171,8 +172,11 @@ def collectives(config: Config) -> list[Collective]:
 
     Over `model`, in each micro-batch: the embedding's rows and, for each sublayer, one sum forward
     and one backward, of [B, T, D] whatever N is: streams are mixed where they lie. The head adds
-    a maximum, a sum and the target's logit of each position, and one [B, T, D]. Over `data`, once
-    an update: each gradient is summed, or gathered and scattered where parameters are sharded.
+    a maximum, a sum and the target's logit of each position, and one [B, T, D]. Over `sequence`,
+    for each attention: keys and values of the whole row are gathered, their cotangents scattered.
+    Over `data`, and `sequence` with it, once an update: each gradient is summed; where parameters
+    are sharded they are gathered and their gradients scattered over `data`, then summed over
+    `sequence`.
 
     >>> from mhcjax.config import override
     >>> config = override(Config(), parse_mesh("data=4,model=2"))
@@ -183,17 +187,19 @@ def collectives(config: Config) -> list[Collective]:
     found: list[Collective] = []
     if z.model > 1:
         found += _over_model(z)
-    if z.data > 1:
+    if z.sequence > 1:
+        found += _over_sequence(z)
+    if z.data * z.sequence > 1:
         found += _over_data(z)
     return found + list(_of_update(z))
 
 
 def _over_model(z: Sizes) -> list[Collective]:
     m = z.config.model
-    stream = (z.rows, z.length, m.width)
+    stream = (z.rows, z.positions, m.width)
     # A residual's output is made again only for the read after it, in the same block.
     again = (1 if z.fixed else 2) * m.layers if z.recomputed == "blocks" else 0
-    part = (z.rows, z.length // z.chunks)
+    part = (z.rows, z.positions // z.chunks)
     wide = str(jnp.promote_types(jnp.float32, m.dtype))
 
     def one(what: str, dtype: str, shape: tuple[int, ...], count: int) -> Collective:
@@ -207,8 +213,21 @@ def _over_model(z: Sizes) -> list[Collective]:
     ]
 
 
+def _over_sequence(z: Sizes) -> list[Collective]:
+    """Keys and values, of each block and micro-batch; gathered again where the block is made so."""
+    m = z.config.model
+    K, pair = m.width // m.heads, 2 * m.layers * z.micro
+    gathers = 2 if z.recomputed == "blocks" else 1
+    shape = (z.rows, z.length, z.keys // K, K)
+    return [
+        Collective("keys and values", kind, "sequence", m.dtype, shape, count)
+        for kind, count in (("all-gather", gathers * pair), ("reduce-scatter", pair))
+    ]
+
+
 def _over_data(z: Sizes) -> list[Collective]:
-    found = [Collective("loss", "all-reduce", "data", _wide(z), (), 2)]
+    axes = "+".join(axis for axis in ("data", "sequence") if z.mesh.shape[axis] > 1)
+    found = [Collective("loss", "all-reduce", axes, _wide(z), (), 2)]
     dead = dead_leaves(z.spec, 2 * z.config.model.layers)
     for path, leaf in jax.tree_util.tree_leaves_with_path(z.state.params):
         names = [key.key for key in path]
@@ -216,12 +235,17 @@ def _over_data(z: Sizes) -> list[Collective]:
         blocks = range(z.config.model.layers)
         if offset is not None and all((2 * b + offset, names[-1]) in dead for b in blocks):
             continue  # frozen in every block, as in a model of one: nobody asks for the sum
-        split = "data" in leaf.sharding.spec
-        shape = gathered_shape(z, leaf)
-        kinds = ("all-gather", "reduce-scatter") if split else ("all-reduce",)
-        for kind in kinds:
-            what = "parameters" if kind == "all-gather" else "gradients"
-            found.append(Collective(what, kind, "data", str(leaf.dtype), shape, 1))
+        whole, share = gathered_shape(z, leaf), leaf.sharding.shard_shape(leaf.shape)
+        exchanges = [("gradients", "all-reduce", axes, whole)]
+        if "data" in leaf.sharding.spec and z.data > 1:
+            exchanges = [
+                ("parameters", "all-gather", "data", whole),
+                ("gradients", "reduce-scatter", "data", whole),
+            ]
+            if z.sequence > 1:
+                exchanges.append(("gradients", "all-reduce", "sequence", share))
+        for what, kind, axis, shape in exchanges:
+            found.append(Collective(what, kind, axis, str(leaf.dtype), shape, 1))
     return found
 
 
@@ -282,8 +306,9 @@ def memory(config: Config) -> Memory:
 
     Saved per token and block, in numbers of the activations' dtype: both norms 2 D; queries, keys,
     values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
-    its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Recomputed
-    blocks keep N D each, recomputed streams N D a group of blocks and all that is no stream.
+    its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Where `sequence`
+    splits positions: keys and values of the whole row. Recomputed blocks keep N D each, recomputed
+    streams N D a group of blocks and all that is no stream.
 
     >>> memory(Config()).optimizer > memory(Config()).parameters
     True
@@ -291,7 +316,7 @@ def memory(config: Config) -> Memory:
     z = Sizes(config)
     block = _saved_by_block(z)
     kept, again = _kept_and_made_again(z, block)
-    activations = z.tokens * kept
+    activations = z.tokens * kept + _mask_bytes(z)
     parameters, size = local_bytes(z.state.params), jnp.dtype(_param_dtype(z)).itemsize
     whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
     gathered = whole * size if z.config.mesh.shard_params and z.data > 1 else 0
@@ -331,7 +356,7 @@ def gathered_shape(z: Sizes, leaf: Any) -> tuple[int, ...]:
 def _saved_by_block(z: Sizes) -> int:
     """Bytes per token."""
     m = z.config.model
-    numbers = 2 * m.width + 2 * z.queries + 2 * z.keys
+    numbers = 2 * m.width + 2 * z.queries + 2 * z.keys + _gathered_numbers(z)
     numbers += (3 if m.mlp == "swiglu" else 2) * z.hidden
     heads = (z.queries + z.keys) // (m.width // m.heads)
     floats = 2 + heads  # factors of the norms
@@ -339,6 +364,17 @@ def _saved_by_block(z: Sizes) -> int:
         numbers += 2 * (z.spec.streams + 1) * m.width
         floats += 2 * (z.logits + z.spec.streams * (z.spec.streams + 2)) if z.logits else 0
     return numbers * z.bytes + 4 * floats + _of_attention(z)
+
+
+def _gathered_numbers(z: Sizes) -> int:
+    """Per token and block: keys and values of the other pieces; a normed key's own one besides."""
+    own = z.keys if z.config.model.qk_norm else 0
+    return 2 * z.keys * (z.sequence - 1) + own if z.sequence > 1 else 0
+
+
+def _mask_bytes(z: Sizes) -> int:
+    """What a piece attends to, which all blocks share: for cuDNN a bias, beside its gradient."""
+    return 2 * z.positions * z.length * z.bytes if z.sequence > 1 and z.bytes == 2 else 0
 
 
 def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:

@@ -126,7 +126,11 @@ class Attention(nnx.Module):
         base, norm = self.config.rope_base, self.config.qk_norm
         q, k = layers.rope(q, positions_BT, base, norm), layers.rope(k, positions_BT, base, norm)
         if cache is None:
-            y = layers.kept(layers.attend(q, k, v, is_causal=True))
+            how: dict[str, Any] = {"is_causal": True}
+            if sharding.ways("sequence") > 1:
+                k, v = (layers.kept(sharding.all_positions(a)) for a in (k, v))
+                how = {"mask": jnp.arange(k.shape[1]) <= positions_BT[:, None, :, None]}
+            y = layers.kept(layers.attend(q, k, v, **how))
         else:
             rows = jnp.arange(q.shape[0])[:, None]
             cache = Cache(
@@ -134,7 +138,8 @@ class Attention(nnx.Module):
                 cache.value.at[layer, rows, positions_BT].set(v.astype(cache.value.dtype)),
             )
             seen = jnp.arange(cache.key.shape[2]) <= positions_BT[:, None, :, None]
-            y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen)
+            # A query is one token: cuDNN has nothing to gain.
+            y = layers.attend(q, cache.key[layer], cache.value[layer], mask=seen, fused=False)
         y = jnp.einsum("bthk,hkd->btd", y, self.out[...].astype(u_BTD.dtype))
         return layers.kept(sharding.total(y)), cache
 
@@ -384,8 +389,11 @@ def _twice(f: Callable, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:
-    """[1, T]: the same for every row."""
-    return jnp.arange(tokens_BT.shape[1])[None]
+    """[1, T]: the same for every row, in the whole row where `sequence` splits it."""
+    positions = jnp.arange(tokens_BT.shape[1])[None]
+    if sharding.ways("sequence") == 1:
+        return positions
+    return positions + sharding.first_of(tokens_BT.shape[1], "sequence")
 
 
 def _param_dtype(config: ModelConfig) -> Any:

@@ -105,13 +105,27 @@ def cross_entropy(
     >>> bool(jnp.allclose(nll, jnp.log(4)))
     True
     """
-    z = logits(fan_out(h_BTD), w_DV, head)
+    return _cross_entropy(logits(fan_out(h_BTD), w_DV, head), targets_BT)
+
+
+def _cross_entropy(z: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     if ways("model") == 1:
         logsumexp = jax.nn.logsumexp(z, axis=-1)
     else:
         top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(z, axis=-1)), "model")
         logsumexp = top + jnp.log(total(jnp.sum(jnp.exp(z - top[..., None]), axis=-1)))
     return logsumexp - _at(z, targets_BT), logsumexp
+
+
+def _argmax(z: jax.Array) -> jax.Array:
+    """The token of the largest logit, the first of equal ones."""
+    own = jnp.argmax(z, axis=-1)
+    if ways("model") == 1:
+        return own
+    top = jnp.max(z, axis=-1)
+    token = own + first_of(z.shape[-1])
+    last = jnp.iinfo(token.dtype).max
+    return jax.lax.pmin(jnp.where(top == jax.lax.pmax(top, "model"), token, last), "model")
 
 
 def _at(z: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -247,7 +261,7 @@ def predict(
 
     def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z = logits(part[0], w_DV, head)
-        return jax.nn.logsumexp(z, axis=-1) - _at(z, part[1]), jnp.argmax(z, axis=-1)
+        return _cross_entropy(z, part[1])[0], _argmax(z)
 
     nll, top = jax.lax.map(one, (_split(h_BTD, chunks), _split(targets_BT, chunks)))
     whole = [jnp.moveaxis(a, 0, 1).reshape(targets_BT.shape) for a in (nll, top)]

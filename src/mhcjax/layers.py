@@ -114,17 +114,20 @@ def _rope_backward(base: float, norm: bool, saved: tuple, dout: jax.Array) -> tu
 rope.defvjp(_rope_forward, _rope_backward)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """`jax.nn.dot_product_attention`; its softmax is float32 whatever it is given, so that float64
-    goes by hand.
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, fused: bool = True, **options: Any
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, by cuDNN where it can and `fused`; its softmax is float32
+    whatever it is given, so that float64 goes by hand.
 
     >>> q = jnp.ones((1, 2, 1, 4))
     >>> attend(q, q, q, is_causal=True).shape
     (1, 2, 1, 4)
     """
     if q.dtype != jnp.float64:
-        # With a mask a query is one token: cuDNN has nothing to gain.
-        fast = _implementation(q) if options.get("mask") is None else None
+        fast = _implementation(q) if fused else None
+        if options.get("mask") is not None and (q.shape[1] % 2 or k.shape[1] % 2):
+            fast = None  # cuDNN takes a mask as a bias, whose gradient wants even lengths
         return jax.nn.dot_product_attention(q, k, v, implementation=fast, **options)
     (B, T, H, K), (S, kv) = q.shape, k.shape[1:3]
     mask = options.get("mask")  # [B, 1, T, S]

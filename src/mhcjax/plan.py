@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from mhcjax import optim, train
+from mhcjax import optim, sharding, train
 from mhcjax.config import Config, override
 from mhcjax.costs import (
     Collective,
@@ -59,8 +59,9 @@ class Seconds:
     """Predicted seconds of one update on each device, by what takes them.
 
     `streams`: reading and writing the N streams, and a dynamic mix's coefficients; `passes`: other
-    kernels that read and write arrays and compute little; `update`: the optimizer; `model` and
-    `data`: exchanges along those axes. They are added: nothing is taken to overlap.
+    kernels that read and write arrays and compute little; `update`: the optimizer; `model`,
+    `sequence` and `data`: exchanges along those axes, along both of the latter under `data`. They
+    are added: nothing is taken to overlap.
     """
 
     matmul: float
@@ -70,6 +71,7 @@ class Seconds:
     update: float
     gaps: float
     model: float
+    sequence: float
     data: float
 
     @property
@@ -80,7 +82,7 @@ class Seconds:
     @property
     def communication(self) -> float:
         """The share of the exchanges."""
-        return (self.model + self.data) / self.total
+        return (self.model + self.sequence + self.data) / self.total
 
 
 def seconds(config: Config, device: str) -> Seconds:
@@ -107,13 +109,13 @@ def seconds(config: Config, device: str) -> Seconds:
     # Causal: half of T; backward has five products to the forward's two, made again where
     # they are not fused and so not kept.
     again = z.recomputed == "blocks" or (z.recomputed and z.bytes != 2)
-    scores = (9 if again else 7) * tokens * m.layers * z.length * z.queries
+    scores = (9 if again else 7) * tokens * m.layers * _attended(z) * z.queries
     newton = _newton_schulz(z) if config.optim.name == "muon" else 0
     attention = ATTENTION * min(1.0, m.width / m.heads / 128)
     speed = BANDWIDTH * kind.bandwidth
     exchanged = {
-        axis: sum(_exchange(c, z, kind) for c in collectives(config) if c.axis == axis)
-        for axis in ("model", "data")
+        axis: sum(_exchange(c, z, kind) for c in collectives(config) if _axes(c)[0] == axis)
+        for axis in sharding.AXES
     }
     return Seconds(
         matmul=products / (MATMUL * kind.peak_flops),
@@ -125,6 +127,12 @@ def seconds(config: Config, device: str) -> Seconds:
         gaps=GAP * blocks,
         **exchanged,
     )
+
+
+def _attended(z: Sizes) -> int:
+    """Twice the mean number of keys that a query is multiplied with. In a piece of a row: all, of
+    which its mask lets no kernel skip any; the last piece sees nearly all anyway."""
+    return 2 * z.length if z.sequence > 1 else z.length
 
 
 def _passed_bytes(z: Sizes) -> int:
@@ -202,14 +210,20 @@ def _newton_schulz(z: Sizes) -> int:
     return NEWTON_SCHULZ * found
 
 
+def _axes(c: Collective) -> list[str]:
+    return c.axis.split("+")
+
+
 def _exchange(c: Collective, z: Sizes, kind: train.Device) -> float:
-    n, stride = z.mesh.shape[c.axis], 1 if c.axis == "model" else z.model
+    n = math.prod(z.mesh.shape[axis] for axis in _axes(c))
+    inner = sharding.AXES[sharding.AXES.index(_axes(c)[-1]) + 1 :]
+    stride = math.prod(z.mesh.shape[axis] for axis in inner)
     near = max(1, kind.host // stride)  # devices of the group within one host
     link, network = LINK * (kind.link or 0), LINK * (kind.network or 0)
     speed = link if n <= near else min(link, near * network)
     wire = (2 if c.kind == "all-reduce" else 1) * (n - 1) / n * c.bytes
-    # Those over `data` are exchanged together, those of `model` wait for what they add up.
-    together = c.axis == "data" or c.what in ("norm", "matrices")
+    # Those of an update are exchanged together, those within the model wait for each other.
+    together = c.what in ("loss", "parameters", "gradients", "norm", "matrices")
     hops = 1 + math.log2(max(1, n / near))
     return wire / speed + (0 if together else c.count * LATENCY * hops)
 
@@ -236,8 +250,9 @@ def info(config: Config, *, device: str | None = None) -> dict[str, Any]:
         name = f"{c.kind} over {c.axis}: {c.what}"
         exchanged[name] = exchanged.get(name, 0) + c.bytes
     sharded = ", parameters and optimizer sharded over data" if config.mesh.shard_params else ""
+    split = f" x sequence {z.sequence}" if z.sequence > 1 else ""
     rows: dict[str, Any] = {
-        "mesh": f"data {z.data} x model {z.model}{sharded}",
+        "mesh": f"data {z.data}{split} x model {z.model}{sharded}",
         "devices": z.mesh.size,
         "bytes on each device": {f.name: getattr(held, f.name) for f in fields(held)},
         "bytes exchanged by each device, by collective": exchanged,

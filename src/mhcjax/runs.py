@@ -30,6 +30,7 @@ MUTABLE = (
     "max_skipped",
     "allow_loss0",
     "mesh.data",
+    "mesh.sequence",
     "mesh.model",
     "mesh.shard_params",
     "model.walk",

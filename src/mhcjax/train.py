@@ -2,7 +2,8 @@
 
 `program(config, mesh)` compiles nothing: it holds the jitted `init`, `train_step`, `eval_step` and
 `probe` of one config on one mesh. A batch is tokens[A, B, T + 1]: A micro-batches are accumulated
-inside the step, on each device its own rows; the gradients are then summed over `data` once.
+inside the step, on each device its own rows, or its own positions of them; the gradients are then
+summed over `data` and `sequence` once.
 
 Axis key: A micro-batch, B batch, T position, V vocabulary, L sublayer.
 """
@@ -146,7 +147,7 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
     >>> check_mesh(Config(), sharding.make_mesh(1, 1))
     """
-    m, model, data = config.model, mesh.shape["model"], mesh.shape["data"]
+    m = config.model
     params = gpt.abstract_params(m)
     over_model = {
         "model.heads": m.heads,
@@ -157,7 +158,10 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     over_data = {"data.batch": config.data.batch}
     if config.mesh.shard_params:
         over_data["model.width"] = m.width
-    for axis, parts, sizes in (("model", model, over_model), ("data", data, over_data)):
+    over_sequence = {"data.length": config.data.length}
+    split = {"model": over_model, "sequence": over_sequence, "data": over_data}
+    for axis, sizes in split.items():
+        parts = mesh.shape[axis]
         for name, size in sizes.items():
             if size % parts:
                 fits = sharding.divisors(*sizes.values(), most=mesh.size)
@@ -174,7 +178,7 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
 def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> State:
     """Shape, dtype and sharding of every array of the state; none is allocated, no device needed.
 
-    >>> state = abstract_state(Config(), AbstractMesh((64, 8), ("data", "model")))
+    >>> state = abstract_state(Config(), AbstractMesh((64, 1, 8), sharding.AXES))
     >>> head = state.params["head"]
     >>> head.shape, head.sharding.shard_shape(head.shape)
     ((128, 4096), (128, 512))
@@ -205,7 +209,8 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype is float64 but JAX runs in 32 bit: set JAX_ENABLE_X64=1")
     if mesh is None:
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+        m = config.mesh
+        mesh = sharding.make_mesh(m.data, m.model, sequence=m.sequence)
     graphdef = gpt.graph(config.model)
     check_mesh(config, mesh)
     spec = gpt.connection_of(config.model)
@@ -227,12 +232,17 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
     batches = NamedSharding(mesh, PartitionSpec(None, "data", None))
     rows = NamedSharding(mesh, PartitionSpec("data", None))
 
+    def by_hand(f: Callable, tokens: PartitionSpec, out_specs: Any) -> Callable:
+        """`f(params, tokens)` on each device's own part of both."""
+        options = {"mesh": mesh, "in_specs": (specs, tokens), "out_specs": out_specs}
+        return jax.shard_map(f, **options, check_vma=False)
+
     def loss(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return losses(nnx.merge(graphdef, params), tokens_BT, z_loss=config.optim.z_loss)
 
     def micro_batches(params: Any, batch_ABT: jax.Array) -> tuple[Any, Any]:
         """-> ((loss, cross-entropy), gradients), means over the batch."""
-        params = sharding.gather(params, specs)
+        params, batch_ABT = sharding.gather(params, specs), sharding.piece(batch_ABT)
         micro = jax.value_and_grad(loss, has_aux=True)
         if batch_ABT.shape[0] == 1:
             found = micro(params, batch_ABT[0])
@@ -244,18 +254,13 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             shapes = jax.eval_shape(micro, params, batch_ABT[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             found, _ = jax.lax.scan(accumulate, zeros, batch_ABT)
-        parts = batch_ABT.shape[0] * sharding.ways("data")
+        parts = batch_ABT.shape[0] * sharding.ways("data") * sharding.ways("sequence")
         sums = sharding.reduce(found, ((PartitionSpec(), PartitionSpec()), specs))
         return jax.tree.map(lambda a: a / parts, sums) if parts > 1 else sums
 
     if mesh.size > 1:
-        micro_batches = jax.shard_map(
-            micro_batches,
-            mesh=mesh,
-            in_specs=(specs, batches.spec),
-            out_specs=((PartitionSpec(), PartitionSpec()), specs),
-            check_vma=False,
-        )
+        sums = ((PartitionSpec(), PartitionSpec()), specs)
+        micro_batches = by_hand(micro_batches, batches.spec, sums)
 
     def train_step(state: State, batch_ABT: jax.Array, scalars: optim.Hyper) -> tuple[State, dict]:
         (total, ce), gradients = micro_batches(state.params, batch_ABT)
@@ -287,12 +292,16 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             "skipped_in_row": after.skipped_in_row,
         }
 
-    def eval_step(params: Any, tokens_BT: jax.Array, bytes_V: jax.Array) -> dict:
-        """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
+    def predict(params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params, tokens_BT = sharding.gather(params, specs), sharding.piece(tokens_BT)
         model = nnx.merge(graphdef, params)
         h, _ = model.features(tokens_BT[:, :-1])
+        return head.predict(h, model.head_weight(), tokens_BT[:, 1:], model.head_spec)
+
+    def eval_step(params: Any, tokens_BT: jax.Array, bytes_V: jax.Array) -> dict:
+        """Sums over the batch: nll in nats, tokens, bytes of text, copies, differing, repeats."""
         inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        nll, predicted = head.predict(h, model.head_weight(), targets, model.head_spec)
+        nll, predicted = predict(params, tokens_BT)
         copy = diagnostics.copy_rate(predicted, inputs, targets)
         return {
             "nll": jnp.sum(nll),
@@ -304,9 +313,10 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
 
     def probe(params: Any, tokens_BT: jax.Array) -> dict:
         """Per sublayer: cosines, effective streams, entropy, largest |gradient| of each leaf."""
+        params, tokens_BT = sharding.gather(params, specs), sharding.piece(tokens_BT)
         records, last = nnx.merge(graphdef, params).trace(tokens_BT[:, :-1])
         gradients = jax.grad(lambda p: loss(p, tokens_BT)[0])(params)
-        return {
+        means = {
             "cosine_operand": jnp.stack([diagnostics.stream_cosine(r.operand) for r in records]),
             "cosine_streams": jnp.stack(
                 [diagnostics.stream_cosine(r.x) for r in records[1:]]
@@ -317,10 +327,18 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
             ),
             "entropy": jnp.stack([diagnostics.entropy(r.mix.res) for r in records]),
             "gradients": {
-                f"{layer}.{leaf}": jnp.max(jnp.abs(g))
+                f"{layer}.{leaf}": g
                 for layer, _, leaf, g in gpt.sublayer_leaves(gradients, config.model)
             },
         }
+        means = sharding.mean(means)
+        largest = {name: jnp.max(jnp.abs(g)) for name, g in means["gradients"].items()}
+        return means | {"gradients": largest}
+
+    # Elsewhere the partitioner splits these as well; it would not split a row of a long context.
+    if mesh.shape["sequence"] > 1:
+        predict = by_hand(predict, rows.spec, PartitionSpec("data", "sequence"))
+        probe = by_hand(probe, rows.spec, PartitionSpec())
 
     return Program(
         config=config,
