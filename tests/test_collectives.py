@@ -230,6 +230,19 @@ def test_evaluation_and_probe_of_pieces():
         assert "f32[3,6,4,32]" in text
 
 
+@pytest.mark.parametrize("step", ["eval_step", pytest.param("probe", marks=pytest.mark.slow)])
+def test_evaluation_and_probe_on_kernels(step):
+    """Each device mixes its own rows: a kernel that is not told of them would be given all."""
+    kernels = {"model.width": 64, "model.connection.implementation": "pallas"}
+    config = config_of(8, 1, **{"model.connection.preset": "kromhc", "model.layers": 1, **kernels})
+    program = train.program(config)
+    given = [program.abstract_state.params, jax.ShapeDtypeStruct((16, 13), "int32")]
+    given += [jax.ShapeDtypeStruct((1000,), "int32")] * (step == "eval_step")
+    text = getattr(program, step).lower(*given).compile().as_text()
+    assert "f32[2,12,4,64]" in text and "f32[16,12,4,64]" not in text
+    assert "all-gather" not in text
+
+
 def test_a_head_in_chunks(monkeypatch):
     """Four chunks of three positions: as many maxima and sums, of a quarter each."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 3 * 512)

@@ -335,8 +335,8 @@ def program(config: Config, mesh: Mesh | None = None) -> Program:
         largest = {name: jnp.max(jnp.abs(g)) for name, g in means["gradients"].items()}
         return means | {"gradients": largest}
 
-    # Elsewhere the partitioner splits these as well; it would not split a row of a long context.
-    if mesh.shape["sequence"] > 1:
+    # The partitioner would gather the streams for a kernel, and not split a row of a long context.
+    if mesh.size > 1:
         predict = by_hand(predict, rows.spec, PartitionSpec("data", "sequence"))
         probe = by_hand(probe, rows.spec, PartitionSpec())
 
