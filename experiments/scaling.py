@@ -36,6 +36,7 @@ TOKENS = {"gpt2_124m": 1 << 19, "gpt_1b3": 1 << 20, "gpt_7b": 1 << 22, "gpt_27b"
 RESULTS = Path(__file__).parent / "results"
 RECORDED = ("model_h200.json", "model_kernels_h200.json")  # steps of one GPU
 LONG = ("gpt_7b", 1 << 17, 64, (1, 2, 4, 8))  # a long context: length, GPUs, pieces of a row
+SCALED = "scale_h200x2.json"  # of several
 SPARE = 0.9  # of the memory that a plan may fill: NCCL, fragments and the estimate's own error
 
 
@@ -169,6 +170,8 @@ def page() -> str:
         long_length=LONG[1],
         long_rows="\n".join(_long()),
         measured=_measured(),
+        measured_of_several=_measured_of_several(),
+        scaled=f"`experiments/results/{SCALED}`",
         recorded=" and ".join(f"`experiments/results/{name}`" for name in RECORDED),
         connection=DYNAMIC,
         spare=SPARE,
@@ -184,6 +187,7 @@ def page() -> str:
         kernels=plan.KERNELS,
         coefficients=1e12 * sum(plan.COEFFICIENTS),
         projection=plan.PROJECTION,
+        inputs=costs.NORM_INPUTS,
         reached=plan.LINK,
     )
 
@@ -203,21 +207,64 @@ def _long() -> Iterator[str]:
         yield _row(f"{shape}, rows in {sequence}", gpus, mixed, plain)
 
 
-def _measured() -> str:
-    """The steps of one GPU that are on record, beside what the plan says of them."""
-    from experiments.bench import config_of
+def recorded() -> Iterator[tuple[dict[str, Any], Config]]:
+    """The steps of one GPU that are on record, each with the config that was run."""
+    from experiments.bench import changes_of, config_of
 
-    lines = [
-        "| shape | connection | optimizer | step ms | predicted | peak GB | predicted |",
-        "|---|---|---|---|---|---|---|",
-    ]
     for row in (r for name in RECORDED for r in json.loads((RESULTS / name).read_text())):
-        changes = {"mesh.data": 1, "optim.name": row["optimizer"]}
-        config = config_of(row["shape"], row["connection"], changes)
-        took, held = plan.seconds(config, DEVICE).total, costs.memory(config).peak
+        variant = filter(None, (row.get("variant") or "").split(","))
+        changes = {"mesh.data": 1, "optim.name": row["optimizer"], **changes_of([*variant])}
+        yield row, config_of(row["shape"], row["connection"], changes)
+
+
+def scaled() -> Iterator[tuple[dict[str, Any], Config]]:
+    """The timed rows of several GPUs that are on record, with those of one beside them."""
+    for row in json.loads((RESULTS / SCALED).read_text()):
+        if "tokens_per_second" in row:
+            yield row, config_for(Request(*(row[name] for name in Request._fields)), {})
+
+
+def _measured() -> str:
+    """What one GPU showed, beside what the plan says of it."""
+    lines = [
+        "| shape | connection | variant | optimizer | step ms | predicted | off | peak GB "
+        "| beside the state | predicted | off |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, config in recorded():
+        took, held = 1e3 * plan.seconds(config, DEVICE).total, costs.memory(config)
+        state = (held.parameters + held.optimizer) / 1e9
+        beside, stated = row["peak_gb"] - state, held.peak / 1e9 - state
         lines.append(
-            f"| {row['shape']} | {row['connection']} | {row['optimizer']} | {row['step_ms']:.1f} "
-            f"| {1e3 * took:.1f} | {row['peak_gb']:.1f} | {held / 1e9:.1f} |"
+            f"| {row['shape']} | {row['connection']} | {row.get('variant') or ''} "
+            f"| {row['optimizer']} | {row['step_ms']:.1f} | {took:.1f} "
+            f"| {took / row['step_ms'] - 1:+.1%} | {row['peak_gb']:.1f} | {beside:.1f} "
+            f"| {stated:.1f} | {stated / beside - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _measured_of_several() -> str:
+    """What several GPUs showed. "of n times one": tokens/s over n times those of one GPU with the
+    same kind, shape and connection."""
+    lines = [
+        "| kind | GPUs | shape | connection | tokens/s | of n times one | predicted | step ms "
+        "| predicted | MFU | predicted |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = list(scaled())
+    for row, config in rows:
+        one, alone = next((r, c) for r, c in rows if _alone(r) == _alone(row) and r["devices"] == 1)
+        n, took = row["devices"], plan.seconds(config, DEVICE).total
+        ratio = row["tokens_per_second"] / one["tokens_per_second"] / n
+        batches = config.data.batch / alone.data.batch
+        stated = batches * plan.seconds(alone, DEVICE).total / took / n
+        mfu = f"{row['mfu']:.1%} | {row['mfu'] * row['step_ms'] / 1e3 / took:.1%}"
+        ratios = f"{ratio:.3f} | {stated:.3f}" if n > 1 else "|"
+        lines.append(
+            f"| {row['kind']} | {n} | {row['shape']} | {row['connection']} "
+            f"| {row['tokens_per_second']:,.0f} | {ratios} | {row['step_ms']:.1f} "
+            f"| {1e3 * took:.1f} | {mfu} |"
         )
     return "\n".join(lines)
 
@@ -258,7 +305,7 @@ communication.
 - **The batch.** A GPU of `data` has at least one row. More GPUs than rows split each row over
   `sequence`: the batch stays what it is, and every attention waits for keys and values.
 - **Sharded parameters are gathered whole**, once an update, and the gradients are whole before
-  they are scattered: 8 bytes a parameter (12 with several micro-batches) on every GPU, divided
+  they are scattered: 6 bytes a parameter (12 with several micro-batches) on every GPU, divided
   by `model` only. It costs two exchanges an update and none a layer; it is also why a large
   model needs `model` before memory is full of its own state.
 - **`model` within a host.** Four sums of [batch, length, width] a block and micro-batch, each
@@ -308,20 +355,32 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 - Products run at {matmul:.0%} of the peak, attention at {attention:.0%} (heads of 128), kernels
   that only pass over arrays at {passes:.0%} of the bandwidth: fitted to one step of the 124M
   shape. The kernels of a dynamic mix (docs/kernels.md) reach {kernels:.0%} of it, and its
-  coefficients take {coefficients:.0f} ps a token and logit: fitted to one step with `{connection}`.
+  coefficients take {coefficients:.0f} ps a token and logit: fitted to their times in one step of
+  that shape with `{connection}`.
   Without kernels its projection, in float32, runs at {projection:.0%} of the bfloat16 peak: not
   measured.
 - A dynamic mix keeps its streams in bfloat16 and its coefficients, as the kernels do. Plain
   array operations may keep a float32 copy of the streams besides.
+- What lives at once: at the head all that is saved, two arrays of a chunk's logits, the head's
+  gradient and the weights that wait for a block's backward pass, narrowed or, where the block is
+  made again, as they are stored; at the first block all gradients. XLA keeps the input of
+  {inputs} of a block's two norms besides: fitted to steps compiled for that device.
 - At most {spare:.0%} of the memory is planned for. Nothing overlaps: exchanges are added to the
   rest.
 - No failures, no checkpoints, no slow neighbour: at thousands of GPUs each takes its share.
 
 ## Predicted beside measured
 
-One {device}, {recorded}:
+One {device}, {recorded};
+"beside the state", in GB: the peak without parameters and optimizer.
 
 {measured}
+
+Several on one host, {scaled}; "weak": the shape's batch on every GPU,
+"sharded": weak, with parameters and optimizer split over `data`. "of n times one": tokens/s over n
+times those of one GPU.
+
+{measured_of_several}
 """
 
 

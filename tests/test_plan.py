@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from experiments.bench import config_of
+from experiments import scaling
 from mhcjax import costs, gpt, layers, optim, plan, sharding, train
 from mhcjax.__main__ import main
 from mhcjax.config import Config, override, preset
 
-RESULTS = Path(__file__).parent.parent / "experiments/results"
-MEASURED = [
-    row
-    for name in ("model_h200.json", "model_kernels_h200.json")
-    for row in json.loads((RESULTS / name).read_text())
-]
+MEASURED = [*scaling.recorded(), *scaling.scaled()]
 BASE = override(
     preset("gpt2_124m"), {"mesh.data": 1, "model.connection.preset": "mhc_n4", "data.batch": 64}
 )
@@ -76,26 +70,47 @@ def test_memory_by_hand():
     found = costs.memory(config)
     assert found.parameters == found.gradients == params
     assert found.optimizer == 2 * params + 4 + 16
-    assert found.gathered == 0 and found.narrow == matrices  # half of them, two bytes each
+    assert found.gathered == 0 and found.weights == matrices  # half of them, two bytes each
     # Two norms; q, k, v and output of half of the heads; up and its square of half of the hidden;
     # streams and output of two sublayers.
     numbers = 2 * 64 + (32 + 16 + 16 + 32) + 2 * 48 + 2 * (4 + 1) * 64
     factors = 2 + (2 + 1) + 2  # of the norms; logsumexp
-    assert found.activations == tokens * 2 * (2 * numbers + 4 * factors)
+    block = tokens * (2 * numbers + 4 * factors)
+    inputs = 2 * tokens * 64 * 2  # of each block's second norm, which the compiler keeps
+    assert found.activations == 2 * block + inputs
     logits = 2 * tokens * 64 * 2
     weight = 64 * 64 * (4 + 2)
     assert found.temporary == logits + weight + 4 * tokens * 64 * 2
-    rest = max(found.activations + found.temporary, params + found.activations // 2)
-    assert found.peak == 3 * params + 20 + matrices + rest
+    rest = max(matrices + found.activations + found.temporary, params + block)
+    assert found.peak == 3 * params + 20 + rest
 
     sharded = costs.memory(override(config, {"mesh.shard_params": True}))
     assert sharded.parameters == 4 * mixing + (params - 4 * mixing) // 4
     assert sharded.gathered == sharded.gradients == params
+    # Of what is gathered the blocks' matrices are narrowed at once, and let go; many micro-batches
+    # ask for them again.
+    whole = params - 2 * matrices
+    state = sharded.parameters + sharded.optimizer
+    moments = (
+        params + matrices,
+        whole + matrices + found.activations + found.temporary,
+        whole + params + block,
+    )
+    assert sharded.peak == state + max(moments)
+    again = costs.memory(override(config, {"mesh.shard_params": True, "data.micro_batches": 4}))
+    moments = (params + matrices + found.activations + found.temporary, 2 * params + block)
+    assert again.peak == state + params + max(moments)
     summed = costs.memory(override(config, {"data.micro_batches": 4}))
     assert summed.gradients == 2 * params and summed.peak > found.peak
     remat = costs.memory(override(config, {"model.remat": True}))
     assert remat.activations == tokens * 2 * 4 * 64 * 2
-    assert remat.temporary == max(found.temporary, found.activations // 2)
+    assert remat.temporary == max(found.temporary, block)
+    # Blocks are made again from their own weights as they are stored; a scan cuts them as it goes.
+    assert remat.weights == 2 * matrices
+    scan = costs.memory(override(config, {"model.walk": "scan"}))
+    assert scan.weights == matrices and scan.activations == 2 * block
+    scan = costs.memory(override(config, {"model.walk": "scan", "model.remat": True}))
+    assert scan.weights == 0 and scan.activations == remat.activations
     # Streams alone, of each block by itself: all is kept but the streams in its middle.
     streams = costs.memory(override(config, {"model.remat_streams": True}))
     assert streams.activations == tokens * 2 * (2 * (numbers - 4 * 64) + 4 * factors)
@@ -224,7 +239,7 @@ def test_memory_of_pieces_by_hand():
     of the piece besides, and one mask as a bias with its gradient; all else is of 256 tokens."""
     rows = changed(data__length=256, mesh__data=2)
     whole, pieces = costs.memory(rows), costs.memory(changed(mesh__data=2, mesh__sequence=4))
-    for part in ("parameters", "optimizer", "gradients", "narrow", "temporary"):
+    for part in ("parameters", "optimizer", "gradients", "weights", "temporary"):
         assert getattr(pieces, part) == getattr(whole, part), part
     numbers = 12 * 32 * 768 * (2 * 1024 - 2 * 256 + 256)
     assert pieces.activations - whole.activations == 2 * (numbers + 2 * 256 * 1024)
@@ -242,9 +257,10 @@ def test_streams_multiply_what_is_saved_and_nothing_else():
     for name, streams in (("mhc_n2", 2), ("mhc_n4", 4)):
         assert held[name].activations - base == tokens * 24 * (streams + 1) * 768 * 2
         assert held[name].temporary == held["residual"].temporary
-    # A dynamic mix keeps 24 logits and 24 coefficients besides, as floats beside 3,840 numbers.
+    # A dynamic mix keeps 24 logits and 24 coefficients besides, as floats beside 3,840 numbers; its
+    # exit learns, from the last streams.
     more = held["deepseek_v4"].activations - held["mhc_n4"].activations
-    assert more == tokens * 24 * (24 + 24) * 4
+    assert more == tokens * (24 * (24 + 24) * 4 + 4 * 768 * 2)
     # None of them adds a byte to what devices exchange but their own few gradients.
     for name in ("mhc_n2", "mhc_n4"):
         config = changed(model__connection__preset=name, mesh__data=8, mesh__model=2)
@@ -260,19 +276,49 @@ def test_streams_multiply_what_is_saved_and_nothing_else():
 # Time
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda r: r["model"])
-def test_the_measured_steps_of_one_gpu(row):
-    """Peak memory and step time within 15 %, which is what the plan promises. The constants were
-    fitted to the first row; the others are predictions."""
-    config = config_of(
-        row["shape"], row["connection"], {"mesh.data": 1, "optim.name": row["optimizer"]}
-    )
+def off(row, config):
+    """How far the plan is from that row: of its step, of its memory beside the state."""
     took, held = plan.seconds(config, "h200"), costs.memory(config)
-    print(
-        f"{took.total * 1e3 / row['step_ms'] - 1:+.1%} {held.peak / 1e9 / row['peak_gb'] - 1:+.1%}"
-    )
-    assert math.isclose(1e3 * took.total, row["step_ms"], rel_tol=0.15)
-    assert math.isclose(held.peak / 1e9, row["peak_gb"], rel_tol=0.15)
+    state = held.parameters + held.optimizer
+    step = 1e3 * took.total / row["step_ms"] - 1
+    return step, (held.peak - state) / (1e9 * row["peak_gb"] - state) - 1
+
+
+def label(row, _):
+    """Of a test."""
+    words = (row["shape"], row["connection"], row.get("variant") or row.get("kind"))
+    return "-".join([*filter(None, words), str(row.get("devices", 1))])
+
+
+@pytest.mark.parametrize(
+    ("row", "config"), [pytest.param(*m, id=f"{i}-{label(*m)}") for i, m in enumerate(MEASURED)]
+)
+def test_every_measured_step(row, config):
+    """Step time and memory beside the state within 15 %, which is what the plan promises; each
+    constant was fitted to one row (plan.py, costs.py), the others are predictions."""
+    step, beside = off(row, config)
+    print(f"{step:+.1%} {beside:+.1%}")
+    assert abs(step) <= 0.15 and abs(beside) <= 0.15
+
+
+def test_a_row_is_held_against_its_own_plan():
+    """Plans of other rows are off by more: the rows can tell connections and variants apart, and
+    every acceptance row is there."""
+    rows = {
+        (r["shape"], r["connection"], r["variant"] or ""): (r, c)
+        for r, c in scaling.recorded()
+        if "variant" in r
+    }
+    shapes, again = ("gpt2_124m", "gpt_1b3"), "model.remat=true"
+    wanted = {(s, c, v) for s in shapes for c in ("residual", "deepseek_v4") for v in ("", again)}
+    wanted |= {(s, "mhc_n2", "") for s in shapes} | {("gpt2_124m", "mhc_n2", again)}
+    assert rows.keys() >= wanted
+    for shape in shapes:
+        row = rows[shape, "deepseek_v4", ""][0]
+        step, beside = off(row, rows[shape, "residual", ""][1])
+        assert beside < -0.3 and step < (-0.15 if shape == "gpt2_124m" else -0.1)
+        step, beside = off(row, rows[shape, "deepseek_v4", again][1])
+        assert step > 0.15 and beside < -0.3
 
 
 def test_time_of_a_ring_by_hand():
@@ -359,9 +405,9 @@ def test_streams_by_hand():
     forward, backward = (sublayers * 65536 * 24 * each for each in plan.COEFFICIENTS)
     kernels = 50 * by_kernels + forward + backward
     assert math.isclose(streams("deepseek_v4"), kernels)
-    # 9.3 + 8.8 + 5.2 + 3.5 + 2.8 + 2.8 and 1.2 + 3.0 ms, docs/kernels.md.
-    assert math.isclose(50 * by_kernels, 32.4e-3, rel_tol=0.02)
-    assert math.isclose(forward + backward, 4.2e-3, rel_tol=0.02)
+    # Measured, model_kernels_h200.json: 8.8 + 8.7 + 5.2 + 2.8 + 2.8 + 2.7 and 0.24 + 0.82 ms.
+    assert math.isclose(50 * by_kernels, 31.0e-3, rel_tol=0.02)
+    assert math.isclose(forward + backward, 1.06e-3, rel_tol=0.02)
     # The next read is part of the write: an ideal kernel's passes.
     single = streams("single_pass")
     assert math.isclose(single, 41 * by_kernels + forward + backward)

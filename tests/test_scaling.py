@@ -1,6 +1,7 @@
 """The page of predictions is what its command says; the benchmark's rows and verdicts."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -24,12 +25,27 @@ def test_the_page_is_what_its_command_says():
     assert page == scaling.page(), (
         "docs/scaling.md is out of date: python -m experiments.scaling page --out docs/scaling.md"
     )
-    recorded = [
-        r for name in scaling.RECORDED for r in json.loads((scaling.RESULTS / name).read_text())
-    ]
-    measured = sum(r["shape"] in scaling.TOKENS for r in recorded)
+    rows = [row for row, _ in scaling.recorded()]
+    measured = sum(r["shape"] in scaling.TOKENS for r in rows)
     planned = len(scaling.TOKENS) * len(scaling.GPUS) + len(scaling.LONG[3])
     assert page.count("\n| gpt") == planned + measured
+    assert page.count("| model.remat=true |") == sum(bool(r.get("variant")) for r in rows) > 4
+    assert page.count("\n| weak") + page.count("\n| sharded") == len(list(scaling.scaled())) > 7
+
+
+def test_a_recorded_row_has_the_config_that_was_run():
+    """The variant is part of it; what the rows say of themselves is what is made of their names."""
+    found = list(scaling.recorded())
+    assert {c.model.remat for r, c in found if r.get("variant")} == {True}
+    assert {c.model.remat for r, c in found if not r.get("variant")} == {False}
+    said = 0
+    for row, config in (*found, *scaling.scaled()):
+        if "config" in row:
+            said += 1
+            own = row["config"]["mesh"]  # rows are older than the axis sequence
+            row["config"]["mesh"] = {**own, "data": own["data"] or 1, "sequence": 1}
+            assert row["config"] == json.loads(json.dumps(dataclasses.asdict(config))), row
+    assert said > 14
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])

@@ -36,6 +36,11 @@ __all__ = [
     "parse_mesh",
 ]
 
+# Of a block's two norms, those whose input XLA keeps beside the output that autodiff saves, where
+# nothing is made again: the second in the 124M shape, one to two in 1.3B. Fitted to the steps
+# compiled for an H200 (model_kernels_h200.json, `compiled`).
+NORM_INPUTS = 1
+
 SUBLAYER = {f"{name}_connection": offset for offset, name in enumerate(gpt.SUBLAYERS)}
 
 
@@ -286,16 +291,18 @@ class Memory:
     """Bytes on each device. Parameters and optimizer are exact, the rest is estimated.
 
     `gathered`: the parameters whole along `data`, while a step of sharded ones runs. `gradients`:
-    of one micro-batch, and their sum where there are several. `narrow`: the weights in the dtype of
-    the activations. `activations`: what the forward pass saves. `temporary`: the largest of what
-    lives and dies: a chunk of logits, or what is made again at once. `peak`: at the worst moment.
+    of one micro-batch, and their sum where there are several. `weights`: those of each block that
+    wait for its backward pass, in the dtype of the activations, or as they are stored where the
+    block is made again from them. `activations`: what the forward pass saves. `temporary`: the
+    largest of what lives and dies: a chunk of logits, or what is made again at once. `peak`: at the
+    worst moment.
     """
 
     parameters: int
     optimizer: int
     gathered: int
     gradients: int
-    narrow: int
+    weights: int
     activations: int
     temporary: int
     peak: int
@@ -306,9 +313,11 @@ def memory(config: Config) -> Memory:
 
     Saved per token and block, in numbers of the activations' dtype: both norms 2 D; queries, keys,
     values and output; the hidden ones 2 F (SwiGLU 3 F); for each sublayer whose mix has a gradient
-    its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32. Where `sequence`
-    splits positions: keys and values of the whole row. Recomputed blocks keep N D each, recomputed
-    streams N D a group of blocks and all that is no stream.
+    its streams and output, (N + 1) D, and a dynamic mix's coefficients in float32; for an exit that
+    learns N D at the end. Where `sequence` splits positions: keys and values of the whole row.
+    Recomputed blocks keep N D each, recomputed streams N D a group of blocks and all that is no
+    stream. Beside that live, at the head, two arrays of a chunk's logits and the blocks' weights;
+    at the first block, all gradients.
 
     >>> memory(Config()).optimizer > memory(Config()).parameters
     True
@@ -316,28 +325,36 @@ def memory(config: Config) -> Memory:
     z = Sizes(config)
     block = _saved_by_block(z)
     kept, again = _kept_and_made_again(z, block)
-    activations = z.tokens * kept + _mask_bytes(z)
+    activations = z.tokens * (kept + _at_the_exit(z)) + _mask_bytes(z)
     parameters, size = local_bytes(z.state.params), jnp.dtype(_param_dtype(z)).itemsize
     whole = sum(math.prod(gathered_shape(z, leaf)) for leaf in jax.tree.leaves(z.state.params))
     gathered = whole * size if z.config.mesh.shard_params and z.data > 1 else 0
     gradients = whole * size * (2 if z.micro > 1 else 1)
-    narrow = z.matrices * z.bytes if z.bytes < size else 0
+    weights = _waiting_weights(z)
     logits = _head_bytes(z)
     again *= z.tokens
     optimizer = local_bytes(z.state) - parameters
     sums = whole * size if z.micro > 1 else 0  # held all along
     # What the first block is made of, or the first group made again, beside all gradients.
     first = activations // z.groups + again if z.recomputed == "streams" else z.tokens * block
-    moment = max(activations + max(logits, again), gradients - sums + first)
+    # Once a block has its own weights nobody asks for what they were cut from, but other steps of
+    # a loop.
+    cut = z.matrices * size if z.config.model.walk == "loop" and z.micro == 1 else 0
+    entering, leaving = gathered, gathered - min(gathered, cut)
+    moment = max(
+        entering + weights,
+        leaving + weights + activations + max(logits, again),
+        leaving + gradients - sums + first,
+    )
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
         gathered=gathered,
         gradients=gradients,
-        narrow=narrow,
+        weights=weights,
         activations=activations,
         temporary=max(logits, again),
-        peak=parameters + optimizer + gathered + narrow + sums + moment,
+        peak=parameters + optimizer + sums + moment,
     )
 
 
@@ -385,7 +402,8 @@ def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
     if z.recomputed == "blocks":  # with what the next sublayer reads, where that is carried
         return z.groups * (streams + z.spec.carried * m.width * z.bytes), block
     if not z.recomputed:
-        return blocks, 0
+        inputs = NORM_INPUTS * m.layers if m.walk == "loop" else 0
+        return blocks + inputs * m.width * z.bytes, 0
     if z.bytes != 2:  # no fused attention, whose own would be kept
         blocks -= m.layers * _of_attention(z)
     if z.fixed:  # the residual's streams are kept for nothing
@@ -393,6 +411,20 @@ def _kept_and_made_again(z: Sizes, block: int) -> tuple[int, int]:
     if z.fused:  # a mean square, but no pre that no later read wants
         blocks += 4 * 2 * m.layers * (1 if z.spec.carried else 1 - z.spec.streams)
     return blocks - (2 * m.layers - z.groups) * streams, (2 * z.every - 1) * streams
+
+
+def _at_the_exit(z: Sizes) -> int:
+    """Bytes per token: the last streams, where the exit's weights have gradients."""
+    learns = bool(z.state.params.get("exit"))
+    return z.spec.streams * z.config.model.width * z.bytes if learns else 0
+
+
+def _waiting_weights(z: Sizes) -> int:
+    """Bytes of the blocks' matrices that are held beside the stacked parameters."""
+    stored = jnp.dtype(_param_dtype(z)).itemsize
+    if z.recomputed:  # a scan cuts the stack as it goes, a loop before it begins
+        return z.matrices * stored if z.config.model.walk == "loop" else 0
+    return z.matrices * z.bytes if z.bytes < stored else 0
 
 
 def _of_attention(z: Sizes) -> int:

@@ -35,10 +35,11 @@ MATMUL = 0.75  # of the bf16 peak
 ATTENTION = 0.32  # of the bf16 peak, at heads of 128; in proportion below
 BANDWIDTH = 0.68  # of the memory's, in kernels that only pass over arrays
 GAP = 1e-4  # seconds without a kernel, for each block
-# Fitted to the same step with deepseek_v4 (model_kernels_h200.json): 50 arrays of the width a token
-# and sublayer in 32.4 ms; 24 logits of 65,536 tokens in 50 us, their cotangents in 123 us.
-KERNELS = 0.78  # of the memory's bandwidth, in the kernels of a dynamic mix
-COEFFICIENTS = (3.2e-11, 7.8e-11)  # seconds a token and logit, forward and backward
+# Fitted to the kernels of the same step with deepseek_v4 (model_kernels_h200.json, its 24 sublayers
+# without the learned head's 0.7 ms): 50 arrays of the width a token and sublayer in 31.0 ms; 24
+# logits of 65,536 tokens in 10 us a sublayer, their cotangents in 34 us.
+KERNELS = 0.81  # of the memory's bandwidth, in the kernels of a dynamic mix
+COEFFICIENTS = (6.3e-12, 2.2e-11)  # seconds a token and logit, forward and backward
 # Without kernels the projection of a dynamic mix is made in float32 whatever the activations are.
 PROJECTION = 0.12  # of the bf16 peak; not measured
 # NCCL reaches 370 of NVLink's 450 GB/s: 20 % of the protocol (NVIDIA/nccl-tests, issue 212).
