@@ -222,9 +222,9 @@ def mesh(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from mhcjax import optim, train
+    from mhcjax import optim, sharding, train
 
-    changes = {**changes_of(args.set), "mesh.data": 1, "mesh.model": 1}
+    changes = {**changes_of(args.set), **{f"mesh.{axis}": 1 for axis in sharding.AXES}}
     config = config_of(args.shape, args.connection, changes)
     program = train.program(config)
     hyper = optim.hyper(config.optim, config.total_steps)

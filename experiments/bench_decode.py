@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import bench
 from mhcjax import connections, gpt, runlog, sample
@@ -131,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for connection, batch, run in ready:
         model, found = models[connection], seconds(run, args.windows, args.seconds)
-        median = found[len(found) // 2]
+        median = float(np.median(found))
         spec, how = specs[connection], model.connection.implementation
         rows.append(
             {

@@ -323,10 +323,10 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 {long_rows}
 
 - What a GPU keeps of its positions falls with their number; the gathered keys and values do not.
-  They are kept from forward to backward, unless blocks are made again: fewer KV heads, or remat.
+  They are kept from forward to backward: fewer KV heads make them smaller, remat drops them.
 - The causal work is uneven: the last piece sees the whole row, the first only itself. A piece
-  masks by position and skips nothing, so that all take as long as the last: with many pieces twice
-  the attention of whole rows. On a GPU the mask is a bias of [length / sequence, length] numbers,
+  masks by position and skips nothing, so that attention takes twice that of whole rows, for any
+  number of pieces. On a GPU the mask is a bias of [length / sequence, length] numbers,
   beside its gradient: not measured.
 
 ## Where mHC changes the answer

@@ -879,7 +879,8 @@ def test_variants_and_rows_side_by_side(monkeypatch, tmp_path, capsys):
 
 
 def test_a_mesh_of_one_beside_none(monkeypatch, tmp_path):
-    """The same function from the same weights on the same batches: the same losses, to the bit."""
+    """The same function from the same weights on the same batches: on a CPU the same losses, to the
+    bit."""
     out, tiny = tmp_path / "mesh.json", ["model.vocab=128", "data.length=16"]
     call = ["mesh", "--set", *tiny, "--windows", "3", "--steps", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["bench", *call])

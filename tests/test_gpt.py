@@ -20,6 +20,8 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax._src.interpreters.partial_eval import dce_jaxpr
 
 import mhcjax as mhc
 from mhcjax import connections, gpt, head, layers, optim, presets, sample, train
@@ -449,6 +451,29 @@ def test_scan_equals_loop_and_remat_changes_nothing(build):
         reference = reference or found
         for a, b in zip(found, reference, strict=True):
             close(a, b, 1e-6)
+
+
+def test_what_fused_attention_made_is_kept(monkeypatch):
+    """Where streams are made again, cuDNN's attention is not, the sums of its softmax included; by
+    the names that branches give alone it would be."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(layers, "_implementation", lambda q: "cudnn")
+    config = replace(SMALL, dtype="bfloat16", remat_streams=True, walk="loop")
+    graphdef, params = gpt.graph(config), gpt.abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((2, 25), "int32")
+
+    def attentions():
+        def loss(params, tokens):
+            return train.losses(nnx.merge(graphdef, params), tokens)[0]
+
+        closed = jax.make_jaxpr(jax.grad(loss))(params, tokens)
+        used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]
+        return str(used).count("dot_product_attention_fwd_wrapper[")
+
+    assert attentions() == config.layers
+    monkeypatch.setattr(gpt, "_keeps_branches", gpt._NAMED)
+    assert attentions() == 2 * config.layers
 
 
 # --------------------------------------------------------------------------------------------------

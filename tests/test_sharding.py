@@ -419,7 +419,8 @@ def test_make_mesh(data, sequence, model, shape):
             None,
             2,
             3,
-            "mesh.sequence 3 x mesh.model 2 does not divide the 8 devices: use one of [1, 2, 4, 8]",
+            "mesh.sequence 3 x mesh.model 2 does not divide the 8 devices: use a product that is "
+            "one of [1, 2, 4, 8]",
         ),
         (8, 2, 1, "mesh data=8 x model=2 wants 16 devices, 8 are here: give mesh.data at most 4"),
         (2, 16, 1, "data=2 x model=16 wants 32 devices, 8 are here: give mesh.model at most 4"),

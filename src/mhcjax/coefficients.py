@@ -258,7 +258,7 @@ def logits(
         return pre, post, res
     wide = x.astype(dtype)
     streams = x.shape[-2]
-    inputs = wide if c.per_stream else wide.reshape(*wide.shape[:-2], -1)
+    inputs = wide if c.per_stream else wide.reshape(*wide.shape[:-2], streams * wide.shape[-1])
     z = project(c.norm, inputs, params, c.precision, tanh=c.tanh)
     scales = _scales(c, sizes, streams, params)
     z = z if scales is None else z * scales

@@ -384,8 +384,10 @@ def from_json(text: str) -> Config:
     given = dict(flatten(tree))
     missing = [name for name, *_ in fields(Config()) if name not in given]
     if missing:
+        own = {name: value for name, _, value, _ in fields(Config())}
         raise ValueError(
-            f"the config lacks {', '.join(missing)}: it was written by another version"
+            f"the config lacks {', '.join(missing)}: it was written by another version; to go on "
+            f"as this one does, add {', '.join(f'{name} = {own[name]!r}' for name in missing)}"
         )
     return override(Config(), given)
 

@@ -447,8 +447,7 @@ def _write_and_read(
 ) -> tuple[jax.Array, jax.Array]:
     """`write`, and `read` of what it wrote with the pre of the same mix."""
     if _mixed_by(implementation, x, mix) == "pallas":
-        x, u = kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
-        return x, u
+        return kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
     x = write(x, y, mix, rule=rule, implementation=implementation)
     return x, read(x, mix, implementation=implementation)
 

@@ -55,13 +55,14 @@ AXES = {
 }
 
 
-def _keeps_branches(prim: Any, *_: Any, **params: Any) -> bool:
-    """What stays where streams alone are made again, so that only their writes are: what branches
-    name, the mixes, and all that fused attention made, the sums of its softmax with it."""
-    return _NAMED(prim, *_, **params) or "attention_fwd" in prim.name
-
-
 _NAMED = jax.checkpoint_policies.save_only_these_names(layers.BRANCH, connections.MIX)
+
+
+def _keeps_branches(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """What stays where streams alone are made again: what branches name, the mixes, and what cuDNN
+    made in JAX's dot_product_attention_fwd. Other attention is made again, and the writes."""
+    return _NAMED(primitive, *avals, **params) or "attention_fwd" in primitive.name
+
 
 VOCAB_MULTIPLE = 128  # storage of the vocabulary is padded to this
 SUBLAYERS = ("attention", "mlp")  # of one block, in order: sublayer 2b and 2b + 1
@@ -353,7 +354,7 @@ class GPT(nnx.Module):
 
 def group_size(config: ModelConfig) -> int:
     """Blocks between two streams that are kept where streams alone are made again, 1 in a scan:
-    sqrt(N L / (N + 2)) of L sublayers, where those kept take the memory of those made again.
+    sqrt(N L / (N + 2)) of L sublayers (mHC, arXiv 2512.24880).
 
     >>> group_size(ModelConfig(layers=24)), group_size(ModelConfig(layers=24, walk="scan"))
     (2, 1)

@@ -131,8 +131,8 @@ def seconds(config: Config, device: str) -> Seconds:
 
 
 def _attended(z: Sizes) -> int:
-    """Twice the mean number of keys that a query is multiplied with. In a piece of a row: all, of
-    which its mask lets no kernel skip any; the last piece sees nearly all anyway."""
+    """Twice the mean number of keys that a query is multiplied with: in a piece of a row all of
+    them, since a kernel skips nothing of a mask."""
     return 2 * z.length if z.sequence > 1 else z.length
 
 

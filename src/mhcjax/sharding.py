@@ -61,9 +61,10 @@ def make_mesh(
     if data is None:
         if count % others:
             split = {"mesh.sequence": sequence, "mesh.model": model}
+            given = [f"{axis} {n}" for axis, n in split.items() if n > 1]
             raise ValueError(
-                f"{' x '.join(f'{axis} {n}' for axis, n in split.items() if n > 1)} does not "
-                f"divide the {count} devices: use one of {divisors(count)}"
+                f"{' x '.join(given)} does not divide the {count} devices: use "
+                f"{'a product that is ' * (len(given) > 1)}one of {divisors(count)}"
             )
         data = count // others
     size, sizes = data * others, _named(data, sequence, model, " x ")
@@ -79,7 +80,8 @@ def make_mesh(
     if idle:
         raise ValueError(
             f"mesh {sizes} takes {size} of {count} devices and none of process "
-            f"{min(idle)}: give mesh.model one of {divisors(count)} and leave mesh.data out"
+            f"{min(idle)}: give mesh.model one of {divisors(count // math.gcd(count, sequence))} "
+            "and leave mesh.data out"
         )
     # Auto axes: Explicit, the default of make_mesh, breaks embedding lookups.
     return jax.make_mesh(

@@ -148,6 +148,11 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     >>> check_mesh(Config(), sharding.make_mesh(1, 1))
     """
     m = config.model
+    if tuple(mesh.axis_names) != sharding.AXES:
+        raise ValueError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}: make one with "
+            f"{', '.join(sharding.AXES)}, as sharding.make_mesh does"
+        )
     params = gpt.abstract_params(m)
     over_model = {
         "model.heads": m.heads,

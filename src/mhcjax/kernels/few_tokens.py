@@ -9,7 +9,8 @@ C coefficient column.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,18 +22,22 @@ from mhcjax.kernels.lanes import on_lanes
 from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, launch, power_of_two
 
 
-def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
-    """[E + 2, C]: the parameters as one array.
+def joined(w_EC: jax.Array, scale_C: jax.Array, bias: Sequence[jax.Array]) -> jax.Array:
+    """[E + 2, C]: the parameters as one array, the parts of the bias beside each other.
 
     As a sum, which XLA makes for all layers of a stack in one launch; a concatenation, or arrays of
     their own, would be launches of every layer."""
-    E = w_EC.shape[0]
-    rows = ((w_EC, 0), (scale_C[None], E), (bias_C[None], E + 1))
-    padded = [jnp.pad(a, ((start, E + 2 - start - len(a)), (0, 0))) for a, start in rows]
+    E, C = w_EC.shape
+    starts = itertools.accumulate(map(len, bias[:-1]), initial=0)
+    parts = [(w_EC, 0, 0), (scale_C[None], E, 0)]
+    parts += [(b[None], E + 1, c) for b, c in zip(bias, starts, strict=True)]
+    padded = [
+        jnp.pad(a, ((e, E + 2 - e - a.shape[0]), (c, C - c - a.shape[1]))) for a, e, c in parts
+    ]
     return added(padded).astype(WIDE)
 
 
-def _together(loads: int, blocks: Blocks) -> int:
+def _in_flight(loads: int, blocks: Blocks) -> int:
     """How many of so many loads are in flight at once."""
     return next(n for n in range(blocks.few_loads, 0, -1) if loads % n == 0)
 
@@ -47,9 +52,9 @@ def mix(
     # Columns in powers of two: loads that are masked would wait for each other.
     parts = [(C >> k + 1 << k + 1, 1 << k) for k in reversed(range(C.bit_length())) if C >> k & 1]
     rows = power_of_two(E, max(1, blocks.few_tile >> (C - 1).bit_length()))
-    tiles = _together(E // rows, blocks)
+    tiles = _in_flight(E // rows, blocks)
     wide, chunk = power_of_two(E, blocks.few_tile), power_of_two(D, blocks.few_tile)
-    several = _together(E // wide, blocks)
+    several = _in_flight(E // wide, blocks)
     run = on_lanes(f, [(C,), (), (C,)], differentiable=False, special=SPECIAL)
 
     def kernel(x_ref: Any, own_ref: Any, *refs: Any) -> None:

@@ -63,7 +63,8 @@ def on_lanes(
     >>> double([jnp.ones(3), jnp.zeros(3)])[0][0].tolist()
     [2.0, 2.0, 2.0]
 
-    `special` holds the device's own `reciprocal` and `log` of an array, where it has faster ones.
+    `special` holds the device's own `reciprocal` and `log` of an array, where it has faster ones;
+    what needs the logarithm of numbers near 1 to their own precision writes `log1p`.
 
     Raises Unsupported where `f` needs a primitive that is not elementwise, structural, a sum or
     a maximum, a product of matrices, or a loop without inputs.
@@ -177,11 +178,11 @@ def _one(eqn: Any, how: _How, dtypes: list, entry: tuple) -> Any:
         return _product(*entry)
     if name == "add":
         return _sum(*entry)
-    if name == "div" and "reciprocal" in how.special and dtypes[0] == jnp.float32:
-        a, b = entry
-        return _product(a, 1 / b if _plain(b) else how.special["reciprocal"](b))
-    if name == "log" and "log" in how.special:
-        return how.special["log"](entry[0])
+    special = how.special if dtypes[0] == jnp.float32 else {}
+    if name == "div" and "reciprocal" in special and not _plain(entry[1]):
+        return _product(entry[0], special["reciprocal"](entry[1]))
+    if name == "log" and "log" in special:
+        return special["log"](entry[0])
     if name == "convert_element_type":
         return entry[0].astype(eqn.params["new_dtype"])
     like = next(e for e in entry if not _plain(e))

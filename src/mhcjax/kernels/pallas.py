@@ -328,7 +328,7 @@ def _mixed_few(
         return tuple(a.reshape(*lead, *s) for a, s in zip(found, wanted, strict=True))
 
     outputs = [TOKENS] * (len(shapes) + reads)
-    own = few_tokens.joined(w, scale, jnp.concatenate(bias))
+    own = few_tokens.joined(w, scale, bias)
     return x, *_on_shards(local, x.shape[:-2], (TOKENS, WHOLE), outputs)(x, own)
 
 

@@ -67,7 +67,8 @@ def _over_width(width: int, chunk: int, body: Callable, carry: Any) -> Any:
 
 
 def _special(instruction: str, x: jax.Array) -> jax.Array:
-    """One instruction of the special function unit, within about 2^-22."""
+    """One instruction of the special function unit: a reciprocal within one place, a logarithm to
+    base 2 within 2^-22, of numbers near 1 absolutely; denormals count as zero (PTX ISA)."""
     (out,) = plt.elementwise_inline_asm(
         f"{instruction} $0, $1;",
         args=[x],
