@@ -117,8 +117,9 @@ def test_nine_streams():
     refused(partial(gradient, spec), *arguments, match="9 streams, more than 8")
 
 
-def test_no_tokens():
-    spec, *arguments = layers.draw(STATIC, 2, 64, (0,), "float32")
+@pytest.mark.parametrize("name", [STATIC, DYNAMIC])
+def test_no_tokens(name):
+    spec, *arguments = layers.draw(name, 2, 64, (0,), "float32")
     refused(partial(gradient, spec), *arguments, match="have 0 elements")
 
 
