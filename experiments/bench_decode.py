@@ -56,18 +56,19 @@ def steps_of(model: ModelConfig, params: dict, batch: int) -> Callable[[int], No
     return run
 
 
-def seconds(run: Callable[[int], None], windows: int, least: float) -> list[float]:
-    """Seconds a step of each window, sorted; a window has as many steps as fill `least` seconds."""
+def timer(run: Callable[[int], None], least: float) -> Callable[[], float]:
+    """A function that times one window, in seconds a step; it has as many steps as fill `least`."""
     run(3)
     began = time.perf_counter()
     run(10)
     count = max(10, int(least / (time.perf_counter() - began) * 10))
-    found = []
-    for _ in range(windows):
+
+    def window() -> float:
         began = time.perf_counter()
         run(count)
-        found.append((time.perf_counter() - began) / count)
-    return sorted(found)
+        return (time.perf_counter() - began) / count
+
+    return window
 
 
 def profiled(run: Callable[[int], None]) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def _show(column: str, value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """The table over batches and connections, written row by row."""
+    """The table over batches and connections; their windows are taken by turns, so that what the
+    machine does besides meets all of them."""
     changes = bench.changes_of(args.set)
     for batch in args.batches:
         if batch < 1:
@@ -128,12 +130,13 @@ def main(args: argparse.Namespace) -> int:
             run = steps_of(model, params, batch)
             print(f"{connection}, batch {batch}: ready in {time.perf_counter() - began:.1f} s")
             ready.append((connection, batch, run))
+    timers = [timer(run, args.seconds) for *_, run in ready]
+    windows = [[window() for window in timers] for _ in range(args.windows)]
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for connection, batch, run in ready:
-        model, found = models[connection], seconds(run, args.windows, args.seconds)
-        median = float(np.median(found))
-        spec, how = specs[connection], model.connection.implementation
+    for (connection, batch, run), found in zip(ready, zip(*windows, strict=True), strict=True):
+        model, spec = models[connection], specs[connection]
+        how, median = model.connection.implementation, float(np.median(found))
         rows.append(
             {
                 "shape": args.shape,
@@ -144,7 +147,8 @@ def main(args: argparse.Namespace) -> int:
                 "batch": batch,
                 "context": model.context,
                 "step_ms": 1e3 * median,
-                "spread": (found[-1] - found[0]) / median,
+                "spread": (max(found) - min(found)) / median,
+                "windows_ms": [1e3 * seconds for seconds in found],
                 "tokens_per_second": batch / median,
             }
         )

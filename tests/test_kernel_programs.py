@@ -1,6 +1,7 @@
 """The programs that the kernels make: what runs where, how they lower for CUDA, what they keep for
 the backward pass, and what crosses a mesh."""
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -22,7 +23,7 @@ from jax.sharding import (
 )
 
 import mhcjax as mhc
-from mhcjax.kernels import mosaic, projection, triton
+from mhcjax.kernels import blocks, mosaic, projection, triton
 from tests import jaxprs, layers
 
 DYNAMIC, STATIC = "megatron", "mhc_n2"
@@ -381,3 +382,12 @@ def test_a_batch_that_the_mesh_does_not_divide_stays_whole():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         same_values(layers.compiled(gradient(spec))(*arguments), wanted)
+
+
+def test_blocks_are_powers_of_two():
+    """What Triton's arrays and Mosaic's tiles want; a 768 once broke all widths but one."""
+    tables = [table for kind in blocks.BLOCKS.values() for _, table in kind]
+    for table in (blocks.Blocks(), *tables):
+        sizes = {k: v for k, v in dataclasses.asdict(table).items() if "stages" not in k}
+        assert len(sizes) > 15
+        assert all(v > 0 and v & (v - 1) == 0 for v in sizes.values()), sizes
