@@ -333,8 +333,8 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 
 - **Memory.** Each sublayer saves its N streams and its output: (N + 1) D numbers a token where
   the residual saves none. Recomputing blocks saves N D a block in place of D. Recomputing
-  streams alone saves N D a group of blocks and what the branches' products made, which costs
-  no product of a matrix a second time.
+  streams alone saves N D a group of blocks and all that is no stream: only writes are made
+  again.
 - **Time.** A static mix passes over 9 N + 5 arrays of the width a sublayer and token, forward
   and backward, the kernels of a dynamic one over 11 N + 6, the residual over 6. These passes are
   bound by the memory's bandwidth, and every part of `model` makes all of them: streams are whole
