@@ -320,3 +320,17 @@ def test_compile_time_of_sinkhorn_in_a_model():
         jax.config.update("jax_enable_compilation_cache", before)
     print(f"sinkhorn {sinkhorn:.1f} s, permutations {permutations:.1f} s")
     assert sinkhorn <= 1.3 * permutations
+
+
+def test_chunks_are_larger_on_a_gpu(monkeypatch):
+    """8192 matrices: many loops one after another on a CPU, whose cache they fit; there every
+    operation of a loop would be a launch."""
+
+    def outer_loops():
+        f = jax.grad(lambda l: mhc.manifolds.Sinkhorn(gradient="unrolled").matrix(l, 4).sum())
+        closed = jax.make_jaxpr(f)(jnp.zeros((8192, 16)))
+        return [e.params["length"] for e in closed.jaxpr.eqns if e.primitive.name == "scan"]
+
+    assert max(outer_loops()) > 20
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert max(outer_loops()) == 20

@@ -42,8 +42,6 @@ __all__ = [
     "write",
 ]
 
-# By this name `jax.checkpoint` can keep mixes where streams are made again: they are far smaller.
-MIX = kernels.MIX
 IMPLEMENTATIONS = (None, "pallas", "xla", "reference")
 
 
@@ -332,8 +330,8 @@ def _passed(
 
 
 def _named(mix: Mix) -> Mix:
-    """The same, named MIX."""
-    return jax.tree.map(lambda a: checkpoint_name(a, MIX), mix)
+    """The same, by its name kept where `jax.checkpoint` makes streams again: mixes are small."""
+    return jax.tree.map(lambda a: checkpoint_name(a, kernels.MIX), mix)
 
 
 def connect(

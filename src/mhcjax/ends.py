@@ -86,7 +86,11 @@ class _HeadOfProducts:
         self, z: jax.Array, mean_square: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, ...]:
         factor = Norm(eps=self.head.norm_eps).of(mean_square, self.inputs)
-        return (jax.nn.sigmoid(z * factor + bias) + self.head.eps,)
+        return (_weights_of(z * factor + bias, self.head),)
+
+
+def _weights_of(logits: jax.Array, head: LearnedHead) -> jax.Array:
+    return jax.nn.sigmoid(logits) + head.eps
 
 
 @partial(jax.jit, static_argnames=("how", "implementation"))
@@ -122,7 +126,7 @@ def collapse(
             return kernels.mix_and_read(f, x, own["projection"], scale, (own["bias"],))[1]
         flat = x.astype(wide).reshape(*x.shape[:-2], -1)
         z = project(Norm(eps=how.norm_eps, after=True), flat, own, how.precision)
-        return kernels.read(x, jax.nn.sigmoid(own["scale"] * z + own["bias"]) + how.eps)
+        return kernels.read(x, _weights_of(own["scale"] * z + own["bias"], how))
     check_choice("exit", how, EXITS)
     if how == "last_pre":
         return kernels.read(x, _given(how, params, "pre"))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mhcjax import connections, ends, head, layers, presets, sharding
+from mhcjax import connections, ends, head, kernels, layers, presets, sharding
 from mhcjax.config import ModelConfig, check_ranges
 from mhcjax.layers import rms_norm
 from mhcjax.spec import Connection, init
@@ -55,7 +55,7 @@ AXES = {
 }
 
 
-_NAMED = jax.checkpoint_policies.save_only_these_names(layers.BRANCH, connections.MIX)
+_NAMED = jax.checkpoint_policies.save_only_these_names(layers.BRANCH, kernels.MIX)
 
 
 def _keeps_branches(primitive: Any, *avals: Any, **params: Any) -> bool:
