@@ -115,6 +115,12 @@ def test_memory_by_hand():
     streams = costs.memory(override(config, {"model.remat_streams": True}))
     assert streams.activations == tokens * 2 * (2 * (numbers - 4 * 64) + 4 * factors)
     assert streams.temporary == max(found.temporary, tokens * 2 * 4 * 64)
+    # The logits are larger here: what is made again at once, of one block and of three, by itself.
+    for blocks, made in ((2, 1), (24, 5)):
+        sizes = {"model.remat_streams": True, "model.layers": blocks}
+        z = costs.Sizes(override(config, sizes))
+        assert z.every == (made + 1) // 2
+        assert costs._kept_and_made_again(z, 0)[1] == 2 * made * 4 * 64
 
 
 @jax.custom_vjp
