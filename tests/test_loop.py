@@ -225,6 +225,26 @@ def test_exactly_seven_updates_whatever_is_resumed(tmp_path, micro_batches):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("summary", [None, "stopped"])
+def test_a_run_killed_between_its_last_save_and_its_summary(tmp_path, summary):
+    """Resumed, it makes no update and ends as it would have ended."""
+    config, folder = small(log_every=2), tmp_path / "run"
+    fit(config, folder)
+    at_end, before = state_print(folder), rows(folder)
+    wanted = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    if summary:
+        (folder / "summary.json").write_text(json.dumps({"status": summary, "updates": 5}))
+
+    outcome, lines = fit(config, folder, resume="auto")
+    found = json.loads((folder / "summary.json").read_text())
+    assert {**found, "elapsed": 0} == {**wanted, "elapsed": 0}
+    assert outcome.status == "done"
+    assert outcome.validation == checkpoint.describe(folder)["validation"]
+    assert lines[-1].startswith("resume:")
+    assert (state_print(folder), rows(folder)) == (at_end, before)
+
+
 def test_a_corpus_shorter_than_the_run(tmp_path, read_batches):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.py").write_text("".join(f"x{i} = {i}\n" for i in range(80)))

@@ -37,6 +37,7 @@ from mhcjax.runlog import (
     RunLog,
     drop_rows_after,
     duration,
+    ended,
     read_rows,
     versions,
     write_atomic,
@@ -182,11 +183,13 @@ class _Run:
         self._plan(state, check=self.source is None and updates == 0)
         if dry_run:
             return Outcome("dry", self.folder, updates, {})
-        total = self.config.total_steps
+        total, validation = self.config.total_steps, {}
         if updates >= total:
             self.say(f"the checkpoint has {updates} updates of {total}: 0 more to make")
-            return Outcome("done", self.folder, updates, meta.get("validation", {}))
-        return self._train(state, updates)
+            validation = meta.get("validation", {})
+            if processes.agreed(lambda: ended(self.folder, updates)):
+                return Outcome("done", self.folder, updates, validation)
+        return self._train(state, updates, validation)
 
     def _start(self) -> tuple[train.State, dict]:
         if self.source is None:
@@ -276,7 +279,7 @@ class _Run:
         # A run that ended before its first save starts again: none of its rows stand.
         drop_rows_after(self.folder, updates if self.source else -1)
 
-    def _train(self, state: train.State, updates: int) -> Outcome:
+    def _train(self, state: train.State, updates: int, validation: dict) -> Outcome:
         config, total = self.config, self.config.total_steps
         processes.agreed(lambda: self._record(updates))
         if not (self.folder / "config.json").exists():
@@ -289,8 +292,7 @@ class _Run:
             "sample": config.sample_every,
             "save": config.save_every,
         }
-        validation: dict[str, float] = {}
-        evaluated = -1
+        evaluated, signalled = -1, 0
         with (
             RunLog(self.folder, self.say, writes=processes.leads()) as log,
             checkpoint.Checkpoints(self.folder / "checkpoints", keep=config.keep) as saved,
@@ -341,7 +343,7 @@ class _Run:
                 if status != "done":
                     break
             saved.wait()
-            self._finish(state, status, updates, progress, validation, int(metrics["skipped"]))
+            self._finish(state, status, updates, progress, validation)
         return Outcome(status, self.folder, updates, validation, signalled)
 
     def _report(
@@ -447,7 +449,6 @@ class _Run:
         updates: int,
         progress: Progress,
         validation: dict,
-        skipped: int,
     ) -> None:
         records = []
         if status == "done":
@@ -462,7 +463,7 @@ class _Run:
         summary = {
             "status": status,
             "updates": updates,
-            "skipped": skipped,
+            "skipped": int(state.skipped),
             **validation,
             "elapsed": progress.elapsed(),
             "model": audit.model_name(self.config),

@@ -235,6 +235,21 @@ def drop_rows_after(folder: Path, step: int) -> None:
         write_atomic(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
 
+def ended(folder: str | Path, updates: int) -> bool:
+    """Whether the run's summary says that it is done after so many updates: a run that was killed
+    between its last checkpoint and its summary is not.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomic(Path(folder) / "summary.json", '{"status": "done", "updates": 7}')
+    ...     ended(folder, 7), ended(folder, 8)
+    (True, False)
+    """
+    path = Path(folder) / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return (summary.get("status"), summary.get("updates")) == ("done", updates)
+
+
 def newest_run(root: str | Path = "runs") -> Path:
     """The run under `root` whose config.json is newest; a ValueError where there is none.
 
