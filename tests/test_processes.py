@@ -362,7 +362,7 @@ def killed(folder, victim, *, total, after, heartbeat=10):
     began = time.monotonic()
     other = pair.started[1 - victim]
     code = other.wait(90)
-    # Aborted by JAX it cannot speak; its witness does, who hears of it a moment later.
+    # Aborted by JAX or gloo it cannot speak; its witness does, who hears of it a moment later.
     while code == -signal.SIGABRT and time.monotonic() < began + 60:
         if "mhcjax: " in other.err.read_text():
             break
@@ -477,6 +477,46 @@ def test_the_printed_slurm_script(tmp_path, victim):
     assert code == 0 and f"going on from {run.relative_to(tmp_path)}/checkpoints/" in out
     assert not (tmp_path / "scontrol.called").exists()
     each_update_once(run)
+
+
+JOINED = """
+import sys, time
+from mhcjax import cluster
+cluster.join(sys.argv[1], 2, int(sys.argv[2]), heartbeat=5)
+print("joined", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1, None])
+def test_a_process_that_the_runtime_aborts_says_why(tmp_path, killed):
+    """gloo aborts one, process 0 too, to which a dead one owes a message. And as the control: where
+    nobody is gone nobody is named; the other one then ends because of this one."""
+    address, aborted = free_address(), 1 - (killed or 0)
+    command = [sys.executable, "-c", JOINED, address]
+    pair = [start([*command, str(i)], devices(1), tmp_path) for i in range(2)]
+    end = time.monotonic() + 60
+    while not all("joined" in p.out.read_text() for p in pair):
+        assert time.monotonic() < end, [p.err.read_text() for p in pair]
+        time.sleep(0.1)
+    if killed is not None:
+        pair[killed].kill()
+        pair[killed].wait()
+    pair[aborted].send_signal(signal.SIGABRT)
+    while "mhcjax: " not in pair[aborted].err.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    found = finish(pair, 60)
+    assert found[aborted][0] == -signal.SIGABRT
+    line = one_line(found[aborted][2])
+    host = socket.gethostname()
+    if killed is None:
+        assert line.startswith(f"mhcjax: process 1 of 2 ({host}) was killed, or aborted")
+        wanted = f"process 0 of 2 ({host}) ends: process 1 ({host}) is gone;"
+        assert found[0][0] == 3 and wanted in one_line(found[0][2])
+    else:
+        wanted = f"process {aborted} of 2 ({host}) ends: process {killed} ({host}) is gone;"
+        assert wanted in line
 
 
 @pytest.mark.slow

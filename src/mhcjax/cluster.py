@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
+import json
 import math
 import os
 import re
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -132,16 +134,16 @@ def join(
             "--process"
         ) from error
     try:
-        # A port that answers as long as process 0 lives; nobody ever speaks on it.
-        sign = socket.create_server(("", 0)) if leads() else None
-        hosts = gather([socket.gethostname(), sign.getsockname()[1] if sign else None])
+        # A port that answers as long as this process lives; nobody ever speaks on it.
+        sign = socket.create_server(("", 0))
+        hosts = gather([socket.gethostname(), sign.getsockname()[1]])
     except RuntimeError:
         me = f"process {jax.process_index()} of {jax.process_count()}"
         _end(LOST, f"{me} ends: another one is gone before all had joined; {_REMEDY}")
     late.cancel()
     if several():
         leader = coordinator.rsplit(":", 1)[0] if explicit else hosts[0][0]
-        _keep_watch([name for name, _ in hosts], leader, hosts[0][1], sign)
+        _keep_watch([name for name, _ in hosts], leader, [port for _, port in hosts], sign)
     else:
         _dismiss()
 
@@ -196,27 +198,37 @@ def _end(code: int, line: str) -> NoReturn:
 # --------------------------------------------------------------------------------------------------
 # Keep watch
 
-# JAX may abort a process in C++: at once when process 0, and with it the coordination service, is
-# gone, or when the processes do not fit together. So a small child of each holds the other end of a
-# pipe, and when that ends it says the last words it was given: a line, and where somebody still
-# answers if it is not true.
+# The runtime may abort a process in C++: JAX at once when process 0, and with it the coordination
+# service, is gone, or when the processes do not fit together, gloo when a message of a dead process
+# is missing. So a small child of each holds the other end of a pipe, and when that ends it says the
+# last words it was given, or which of the others answer no more.
 _WITNESS = """
-import socket, sys
-words = ""
-for words in sys.stdin:
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+last = ""
+for last in sys.stdin:
     pass
-line, host, port = words.rstrip("\\n").split("\\t") if words.strip() else ("", "", "")
-try:
-    socket.create_connection((host, int(port)), 5).close()
-except (OSError, ValueError):
-    print(line, end="\\n" if line else "", file=sys.stderr, flush=True)
+def silent(other):
+    try:
+        socket.create_connection(other[1:], 5).close()
+    except OSError:
+        return True
+if last.strip():
+    said = json.loads(last)
+    with ThreadPoolExecutor(64) as pool:
+        answers = pool.map(silent, said["others"])
+        gone = [name for (name, *_), is_gone in zip(said["others"], answers) if is_gone]
+    line = said["ends"].replace("GONE", _gone(gone)) if gone else said["words"]
+    print("mhcjax:", line, file=sys.stderr, flush=True)
 """
 
 
-def _last_words(line: str, host: str = "", port: int | None = None) -> None:
+def _last_words(words: str, ends: str = "", others: Sequence[tuple[str, str, int]] = ()) -> None:
+    """What the witness says if this process ends without a word: `words`, or, where some of the
+    others (name, host, port) do not answer, `ends`, with them in the place of GONE."""
     if not _witness:
         # A session of its own: Ctrl-C is not for it.
-        command = [sys.executable, "-ISc", _WITNESS]
+        command = [sys.executable, "-ISc", inspect.getsource(_gone) + _WITNESS]
         _witness.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
         )
@@ -224,8 +236,15 @@ def _last_words(line: str, host: str = "", port: int | None = None) -> None:
     pipe = _witness[0].stdin
     with contextlib.suppress(OSError):
         if pipe is not None:
-            pipe.write(f"mhcjax: {line}\t{host}\t{'' if port is None else port}\n")
+            said = {"words": words, "ends": ends, "others": others}
+            pipe.write(json.dumps(said) + "\n")
             pipe.flush()
+
+
+def _gone(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    several = len(names) > 1
+    return f"process{'es' * several} {', '.join(names[:8])}{more} {'are' if several else 'is'} gone"
 
 
 def _dismiss() -> None:
@@ -234,22 +253,35 @@ def _dismiss() -> None:
         _witness.pop().communicate("\n")
 
 
-def _keep_watch(names: list[str], leader: str, port: int, sign: socket.socket | None) -> None:
-    me = f"process {jax.process_index()} of {len(names)} ({names[jax.process_index()]})"
-    # Where the sign cannot be reached, its silence proves nothing.
-    if not leads() and _answers(leader, port):
-        _last_words(f"{me} ends: process 0 ({names[0]}) is gone; {_REMEDY}", leader, port)
-    else:
-        _dismiss()
-    watch = threading.Thread(target=_watch, args=[me, names, sign], daemon=True)
+def _keep_watch(names: list[str], leader: str, ports: list[int], sign: socket.socket) -> None:
+    threading.Thread(target=_answer, args=[sign], daemon=True).start()
+    own = jax.process_index()
+    me = f"process {own} of {len(names)} ({names[own]})"
+    hosts = [leader, *names[1:]]
+    others = [(f"{p} ({name})", hosts[p], ports[p]) for p, name in enumerate(names) if p != own]
+    # Where the sign of one cannot be reached, the silence of others proves nothing.
+    proven = _answers(*others[0][1:])
+    _last_words(
+        f"{me} was killed, or aborted, as JAX does when another one is gone; {_REMEDY}",
+        f"{me} ends: GONE; {_REMEDY}",
+        others if proven else [],
+    )
+    watch = threading.Thread(target=_watch, args=[me, names], daemon=True)
     watch.start()
     _threads.append(watch)
+
+
+def _answer(sign: socket.socket) -> None:
+    """Whoever knocks finds that this process lives."""
+    while True:
+        with contextlib.suppress(OSError):
+            sign.accept()[0].close()
 
 
 _REMEDY = "start all processes again with --resume auto"
 
 
-def _watch(me: str, names: list[str], sign: socket.socket | None) -> None:
+def _watch(me: str, names: list[str]) -> None:
     """Meets the watchers of the others every second; JAX lets those who are silent go."""
     devices = jax.devices()
     gone: set[int] = set()
@@ -267,14 +299,9 @@ def _watch(me: str, names: list[str], sign: socket.socket | None) -> None:
             return
     if _left.wait(1):  # they went because the run is over
         return
-    lost = ", ".join(f"{p} ({names[p]})" for p in sorted(gone))
     if leads():
         time.sleep(3)  # the others hear it from the service in this process
-    _end(
-        LOST,
-        f"{me} ends: process{'es' if len(gone) > 1 else ''} {lost} "
-        f"{'are' if len(gone) > 1 else 'is'} gone; {_REMEDY}",
-    )
+    _end(LOST, f"{me} ends: {_gone([f'{p} ({names[p]})' for p in sorted(gone)])}; {_REMEDY}")
 
 
 def leave(*, together: bool = True) -> None:
