@@ -11,14 +11,12 @@ __all__ = ["BLOCKS", "Blocks", "blocks_for"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the kernels cut their work; all but the stages are powers of two."""
+    """How the kernels cut their work: powers of two, but for stages and the last split."""
 
     chunk: int = 2048  # of the width, in read and write
     elements: int = 8  # of a chunk, for one lane
     chunk_backward: int = 128
     elements_backward: int = 4
-    chunk_fused: int = 128  # the same where the backward pass of the next read comes with it
-    elements_fused: int = 4
     rows: int = 128  # tokens of a tile of the projection
     step: int = 64  # of its inputs, at a time
     split: int = 4  # programs that share the sum over its inputs
@@ -30,15 +28,17 @@ class Blocks:
     warps_backward: int = 4
     stages_backward: int = 3
     lanes: int = 32  # tokens of a program for the coefficients
-    few: int = 128  # tokens of which each gets a program that does everything
+    few: int = 128  # tokens whose products are shared by several programs
     few_tile: int = 2048  # weights of a load, there
-    few_loads: int = 8  # in flight
-    few_warps: int = 4  # more would all repeat what follows the projection
+    few_loads: int = 4  # in flight
+    few_shares: int = 16
+    few_warps: int = 2
+    few_warps_token: int = 1  # of the program that does the rest: all would do the same
     split_mosaic: int = 4
     step_project_mosaic: int = 64
     stages_mosaic: int = 4
-    step_mosaic: int = 64
-    split_backward_mosaic: int = 4
+    step_mosaic: int = 128
+    split_backward_mosaic: int = 2  # any number: as many programs as run at once
     stages_backward_mosaic: int = 2
 
 
@@ -46,22 +46,9 @@ class Blocks:
 # of width 768, N = 4, bfloat16.
 BLOCKS = {
     "NVIDIA H200": (
-        (
-            1024,
-            Blocks(
-                chunk_backward=256,
-                elements_backward=8,
-                split=1,
-                split_mosaic=1,
-                stages_mosaic=3,
-                split_backward_mosaic=16,
-            ),
-        ),
-        (3072, Blocks(split_backward_mosaic=8)),
-        (
-            1 << 30,
-            Blocks(chunk_backward=256, step_project_mosaic=128, stages_mosaic=3),
-        ),
+        (1024, Blocks(split=1, split_mosaic=1, stages_mosaic=3, split_backward_mosaic=5)),
+        (3072, Blocks()),
+        (1 << 30, Blocks(split_mosaic=2, step_project_mosaic=128, stages_mosaic=3)),
     )
 }
 

@@ -1,10 +1,11 @@
-"""The kernel of few tokens, as in decoding: coefficients and read at once, through Triton.
+"""The kernels of few tokens, as in decoding: coefficients and read in two launches, through Triton.
 
-A chain of kernels would cost more in launches than in work. Here one program makes everything of
-one token. Nothing is packed either: float32 products of float32 weights.
+A chain of kernels would cost more in launches than in work. Here the products of a token are shared
+by many multiprocessors, one alone would take most of the time to fetch the weight; then one program
+makes the rest of a token. Nothing is packed either: float32 products of float32 weights.
 
 Axis key: T token (leading axes flattened), N source stream, D width, E = N*D flattened,
-C coefficient column.
+C coefficient column, S share of E.
 """
 
 from __future__ import annotations
@@ -42,6 +43,48 @@ def _in_flight(loads: int, blocks: Blocks) -> int:
     return next(n for n in range(blocks.few_loads, 0, -1) if loads % n == 0)
 
 
+def _columns(C: int) -> list[tuple[int, int]]:
+    """(start, size) of the columns in powers of two: loads that are masked would wait for each
+    other."""
+    return [(C >> k + 1 << k + 1, 1 << k) for k in reversed(range(C.bit_length())) if C >> k & 1]
+
+
+def project(x: jax.Array, own: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """(x @ w, sum of squares of x) of x[T, E] and what `joined` returned, in shares of E:
+    [T, S, C], [T, S]."""
+    (T, E), C = x.shape, own.shape[1]
+    rows = power_of_two(E, max(1, blocks.few_tile >> (C - 1).bit_length()))
+    shares = power_of_two(E // rows, blocks.few_shares)
+    tiles = E // rows // shares
+    several = _in_flight(tiles, blocks)
+
+    def kernel(x_ref: Any, own_ref: Any, z_ref: Any, square_ref: Any) -> None:
+        s, t = pl.program_id(0), pl.program_id(1)
+
+        def body(step: Any, carry: tuple) -> tuple:
+            sums, square = carry
+            starts = [(s * tiles + step * several + k) * rows for k in range(several)]
+            here = [pl.ds(e, rows) for e in starts]
+            x = [x_ref[t, e].astype(WIDE) for e in here]
+            weights = [[own_ref[e, pl.ds(c, size)] for c, size in _columns(C)] for e in here]
+            for v, w in zip(x, weights, strict=True):
+                sums = tuple(z + a * v[:, None] for z, a in zip(sums, w, strict=True))
+                square = square + v * v
+            return sums, square
+
+        start = tuple(jnp.zeros((rows, size), WIDE) for _, size in _columns(C))
+        carry = start, jnp.zeros(rows, WIDE)
+        sums, square = jax.lax.fori_loop(0, tiles // several, body, carry)
+        for (c, size), z in zip(_columns(C), sums, strict=True):
+            z_ref[t, s, pl.ds(c, size)] = jnp.sum(z, axis=0)
+        square_ref[t, s] = jnp.sum(square)
+
+    outputs = array(WIDE, T, shares, C), array(WIDE, T, shares)
+    name = "mhc_project_few_tokens"
+    call = launch(kernel, (shares, T), outputs, warps=blocks.few_warps, name=name)
+    return call(x, own)
+
+
 def mix(
     f: Callable, sizes: tuple[int, ...], x: jax.Array, own: jax.Array, reads: bool, blocks: Blocks
 ) -> tuple[jax.Array, ...]:
@@ -49,52 +92,22 @@ def mix(
     returned; `f(z[C], mean square[], bias[C])` is what one token does with `z = x @ w * scale`."""
     T, N, D = x.shape
     E, C = N * D, own.shape[1]
-    # Columns in powers of two: loads that are masked would wait for each other.
-    parts = [(C >> k + 1 << k + 1, 1 << k) for k in reversed(range(C.bit_length())) if C >> k & 1]
-    rows = power_of_two(E, max(1, blocks.few_tile >> (C - 1).bit_length()))
-    tiles = _in_flight(E // rows, blocks)
-    wide, chunk = power_of_two(E, blocks.few_tile), power_of_two(D, blocks.few_tile)
-    several = _in_flight(E // wide, blocks)
+    chunk = power_of_two(D, blocks.few_tile)
     run = on_lanes(f, [(C,), (), (C,)], differentiable=False, special=SPECIAL)
+    flat = x.reshape(T, E)
+    z, square = project(flat, own, blocks)
+    shares = z.shape[1]
 
-    def kernel(x_ref: Any, own_ref: Any, *refs: Any) -> None:
-        t = pl.program_id(0)
-
-        def load(row: Any, count: int) -> list:
-            return [own_ref[pl.ds(row, count), pl.ds(c, size)] for c, size in parts]
-
-        def loaded(step: Any) -> list:
-            return [load((step * tiles + k) * rows, rows) for k in range(tiles)]
-
-        def added_up(step: Any, weights: list, sums: tuple) -> tuple:
-            for k, own in enumerate(weights):
-                x = x_ref[t, pl.ds((step * tiles + k) * rows, rows)].astype(WIDE)
-                sums = tuple(z + w * x[:, None] for z, w in zip(sums, own, strict=True))
-            return sums
-
-        def body(step: Any, carry: tuple) -> tuple:
-            weights, sums = carry
-            return loaded(step + 1), added_up(step, weights, sums)
-
-        def squares(step: Any, total: jax.Array) -> jax.Array:
-            starts = [(step * several + k) * wide for k in range(several)]
-            inputs = [x_ref[t, pl.ds(e, wide)].astype(WIDE) for e in starts]
-            return total + added([x * x for x in inputs])
-
-        # A step's weights come while those before them are multiplied, not one by one when they are
-        # wanted, as the compiler would have it. x is in the cache then: here it is read first.
-        last = E // rows // tiles - 1
-        start = (loaded(0), tuple(jnp.zeros((rows, size), WIDE) for _, size in parts))
-        square = jax.lax.fori_loop(0, E // wide // several, squares, jnp.zeros(wide, WIDE))
-        weights, sums = jax.lax.fori_loop(0, last, body, start)
-        sums = added_up(last, weights, sums)
+    def kernel(x_ref: Any, own_ref: Any, z_ref: Any, square_ref: Any, *refs: Any) -> None:
+        t, all_shares = pl.program_id(0), pl.ds(0, shares)
         # Numbers as arrays of one lane: a token's products are apart once, then stay in registers.
         products = []
-        for (_, size), z, scale in zip(parts, sums, load(E, 1), strict=True):
-            z = jnp.sum(z, axis=0) * jnp.sum(scale, axis=0)
-            each = [jnp.where(jnp.arange(size) == c, z, 0) for c in range(size)]
+        for c, size in _columns(C):
+            scale = jnp.sum(own_ref[pl.ds(E, 1), pl.ds(c, size)], axis=0)
+            z = jnp.sum(z_ref[t, all_shares, pl.ds(c, size)], axis=0) * scale
+            each = [jnp.where(jnp.arange(size) == k, z, 0) for k in range(size)]
             products += [jnp.full(1, jnp.sum(one)) for one in each]
-        mean = jnp.full(1, jnp.sum(square) / E)
+        mean = jnp.full(1, jnp.sum(square_ref[t, all_shares]) / E)
         found = run(products, [mean], [own_ref[E + 1, pl.ds(c, 1)] for c in range(C)])
         for ref, numbers in zip(refs[reads:], found, strict=True):
             for k, number in enumerate(numbers):
@@ -113,5 +126,5 @@ def mix(
         jax.lax.fori_loop(0, D // chunk, read, None)
 
     outputs = (*[array(x.dtype, T, D)] * reads, *(array(WIDE, T, k) for k in sizes))
-    call = launch(kernel, (T,), outputs, warps=blocks.few_warps, name="mhc_mix_few_tokens")
-    return tuple(call(x.reshape(T, E), own))
+    call = launch(kernel, (T,), outputs, warps=blocks.few_warps_token, name="mhc_mix_few_tokens")
+    return tuple(call(flat, own, z, square))

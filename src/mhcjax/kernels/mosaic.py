@@ -107,8 +107,10 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
             plgpu.SMEM((TOKENS,), WIDE),
             plgpu.ACC((TOKENS, 2 * C), WIDE),  # type: ignore[list-item]
         ],
-        grid=(split, T // TOKENS),
-        grid_names=("split", "tokens"),
+        # The shares of one tile of tokens beside each other: the last tokens stay in the cache,
+        # whole, and the read begins with them.
+        grid=(T // TOKENS, split),
+        grid_names=("tokens", "split"),
         kernel_name="mhc_project",
         compiler_params=_parameters(),
     )
@@ -130,23 +132,28 @@ def project_backward(
     N = scalars.shape[0] - 1
     D = E // N
     step = min(blocks.step_mosaic, D & -D)
-    split = _split(T // ROWS, blocks.split_backward_mosaic)
-    chunk = T // split
+    tiles = T // ROWS
+    split = min(blocks.split_backward_mosaic, tiles)
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
-    row = plgpu.BlockSpec((ROWS,), lambda i, _: (i,))
 
     def kernel(*refs: Any) -> None:
         x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
         dx_ref, dw_ref, w_smem, dw_smem, barrier, dw_acc = refs[-6:]
-        # Programs of one slice of the width follow each other: their du comes out of the cache.
         j, s = jax.lax.axis_index("slice"), jax.lax.axis_index("split")
         n, d = jax.lax.rem(j, jnp.int32(N)), jax.lax.div(j, jnp.int32(N))
-        here, mine = pl.ds(n * D + d * step, step), pl.ds(s * chunk, chunk)
+        here, columns = pl.ds(n * D + d * step, step), pl.ds(d * step, step)
+        # All programs walk over the tokens side by side: what they share, and the pages of the
+        # memory, are open once.
+        more = (s < tiles % split).astype(jnp.int32) if tiles % split else 0
+
+        def place(i: Any, j: Any) -> tuple:
+            return i * split + s, j
+
         plgpu.copy_gmem_to_smem(w_ref.at[here, pl.ds(0, 2 * C)], w_smem, barrier)
         plgpu.barrier_wait(barrier)
 
-        def body(_: Any, *tiles: Any) -> None:
-            x_s, before_s, scale_s, dz_s, *read = tiles[:-1]
+        def body(_: Any, *smem: Any) -> None:
+            x_s, before_s, scale_s, dz_s, *read = smem[:-1]
 
             def products(acc: Any) -> jax.Array:
                 # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
@@ -165,26 +172,25 @@ def project_backward(
             out = out + load(before_s) + along(scale_s) * load(x_s)
             if read:
                 out = out + along(read[0]) * load(read[1])
-            tiles[-1][...] = out.astype(x.dtype)
+            smem[-1][...] = out.astype(x.dtype)
             plgpu.wgmma_wait(0)
 
+        square, row = tile((ROWS, step), place), plgpu.BlockSpec((ROWS,), lambda *i: place(*i)[:1])
         inputs = [
-            (x_ref.at[mine, here], tile((ROWS, step), _place)),
-            (before_ref.at[mine, here], tile((ROWS, step), _place)),
-            (scalars_ref.at[0, mine], row),
-            (dz_ref.at[:, mine], tile((2 * C, ROWS), lambda i, j: (j, i))),
+            (x_ref.at[:, here], square),
+            (before_ref.at[:, here], square),
+            (scalars_ref.at[0], row),
+            (dz_ref, tile((2 * C, ROWS), lambda *i: place(*i)[::-1])),
         ]
         if du is not None:
-            columns = pl.ds(d * step, step)
-            inputs.append((scalars_ref.at[1 + n, mine], row))
-            inputs.append((refs[5].at[mine, columns], tile((ROWS, step), _place)))
+            inputs += [(scalars_ref.at[1 + n], row), (refs[5].at[:, columns], square)]
         plgpu.emit_pipeline(
             body,
-            grid=(chunk // ROWS, 1),
+            grid=(tiles // split + more, 1),
             in_specs=[spec for _, spec in inputs],
-            out_specs=[tile((ROWS, step), _place)],
+            out_specs=[square],
             max_concurrent_steps=blocks.stages_backward_mosaic,
-        )(*(ref for ref, _ in inputs), dx_ref.at[mine, here])
+        )(*(ref for ref, _ in inputs), dx_ref.at[:, here])
         dw = dw_acc[...]
         dw_smem[...] = dw[:, C:] + dw[:, :C]
         plgpu.commit_smem()
@@ -201,8 +207,8 @@ def project_backward(
             plgpu.Barrier(),
             plgpu.ACC((step, 2 * C), WIDE),  # type: ignore[list-item]
         ],
-        grid=(E // step, split),
-        grid_names=("slice", "split"),
+        grid=(split, E // step),
+        grid_names=("split", "slice"),
         kernel_name="mhc_project_backward",
         compiler_params=_parameters(),
     )

@@ -66,6 +66,19 @@ def _over_width(width: int, chunk: int, body: Callable, carry: Any) -> Any:
     )
 
 
+def _loaded_ahead(width: int, chunk: int, load: Callable, body: Callable, carry: Any) -> Any:
+    """The same with body(slice, load(slice), carry): a chunk comes while the one before is worked
+    on."""
+    last = width // chunk - 1
+
+    def step(i: Any, both: tuple) -> tuple:
+        now, carry = both
+        return load(pl.ds((i + 1) * chunk, chunk)), body(pl.ds(i * chunk, chunk), now, carry)
+
+    now, carry = jax.lax.fori_loop(0, last, step, (load(pl.ds(0, chunk)), carry))
+    return body(pl.ds(last * chunk, chunk), now, carry)
+
+
 def _special(instruction: str, x: jax.Array) -> jax.Array:
     """One instruction of the special function unit: a reciprocal within one place, a logarithm to
     base 2 within 2^-22, of numbers near 1 absolutely; denormals count as zero (PTX ISA)."""
@@ -125,6 +138,17 @@ def added(terms: list) -> jax.Array:
 
 def _weighted(weights: list, vectors: list) -> jax.Array:
     return added([w * v for w, v in zip(weights, vectors, strict=True)])
+
+
+def _put(ref: Any, t: Any, numbers: list) -> None:
+    """Numbers to a token's row: at once where their count allows it."""
+    count = len(numbers)
+    if count & (count - 1):
+        for k, number in enumerate(numbers):
+            ref[t, k] = number
+    else:
+        at = jnp.arange(count)
+        ref[t, pl.ds(0, count)] = added([jnp.where(at == k, v, 0) for k, v in enumerate(numbers)])
 
 
 def _lane_sums(v: jax.Array, per_lane: int) -> jax.Array:
@@ -273,8 +297,8 @@ def write_backward(
     T, N, D = x.shape
     M = post.shape[1]
     fused = bool(read)
-    chunk = power_of_two(D, blocks.chunk_fused if fused else blocks.chunk_backward)
-    warps = _warps(chunk, blocks.elements_fused if fused else blocks.elements_backward)
+    chunk = power_of_two(D, blocks.chunk_backward)
+    warps = _warps(chunk, blocks.elements_backward)
     per_lane = chunk // 32 // warps
 
     def kernel(*refs: Any) -> None:
@@ -284,32 +308,37 @@ def write_backward(
         res, post = _row(res_ref, t), _row(post_ref, t)
         own = _row(refs[5], t) if fused else []
 
-        def body(d: Any, sums: tuple) -> tuple:
-            dout = [dout_ref[t, m, d].astype(WIDE) for m in range(M)]
-            x = [x_ref[t, n, d].astype(WIDE) for n in range(N)]
-            y, found = y_ref[t, d].astype(WIDE), []
+        def load(d: Any) -> tuple:
+            du = refs[6][t, d] if fused else None
+            x, dout = ([ref[t, n, d] for n in range(ref.shape[1])] for ref in (x_ref, dout_ref))
+            return x, y_ref[t, d], dout, du
+
+        def body(d: Any, loaded: tuple, sums: tuple) -> tuple:
+            x, y, dout, du = jax.tree.map(lambda a: a.astype(WIDE), loaded)
             if fused:
-                du = refs[6][t, d].astype(WIDE)
-                for m in range(M):
-                    out = _weighted([*res[m * N : m * N + N], post[m]], [*x, y])
-                    found.append(du * out.astype(x_ref.dtype).astype(WIDE))
                 dout = [g + p * du for g, p in zip(dout, own, strict=True)]
             for n in range(N):
                 dx = _weighted([res[m * N + n] for m in range(M)], dout)
                 dx_ref[t, n, d] = dx.astype(dx_ref.dtype)
             dy_ref[t, d] = _weighted(post, dout).astype(dy_ref.dtype)
-            products = [g * v for g in dout for v in x] + [g * y for g in dout] + found
+            products = [g * v for g in dout for v in x] + [g * y for g in dout]
+            products += [du * v for v in (*x, y)] if fused else []
             return tuple(s + _lane_sums(p, per_lane) for s, p in zip(sums, products, strict=True))
 
-        count = M * N + M + M * fused
-        sums = _over_width(D, chunk, body, (jnp.zeros(chunk // per_lane, WIDE),) * count)
+        count = M * N + M + (N + 1) * fused
+        zeros = (jnp.zeros(chunk // per_lane, WIDE),) * count
+        if fused:  # its loads ahead would take registers that other warps need
+            sums = _over_width(D, chunk, lambda d, sums: body(d, load(d), sums), zeros)
+        else:
+            sums = _loaded_ahead(D, chunk, load, body, zeros)
         sums = [jnp.sum(s) for s in sums]
-        for i in range(M * N):
-            dres_ref[t, i] = sums[i]
-        for m in range(M):
-            dpost_ref[t, m] = sums[M * N + m]
-            if fused:
-                refs[-1][t, m] = sums[M * N + M + m]
+        _put(dres_ref, t, sums[: M * N])
+        _put(dpost_ref, t, sums[M * N : M * N + M])
+        if fused:
+            # du . x'[m], x' being the weighted sum that was read: its rounding is left out.
+            dots = sums[M * N + M :]
+            rows = [[*res[m * N : m * N + N], post[m]] for m in range(M)]
+            _put(refs[-1], t, [_weighted(row, dots) for row in rows])
 
     outputs = [
         array(x.dtype, T, N, D),
