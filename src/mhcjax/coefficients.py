@@ -290,10 +290,9 @@ def _split(z: jax.Array, sizes: Sizes) -> list[jax.Array]:
 
 def linear(
     c: Dynamic, sizes: Sizes, streams: int, params: Params
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """(w[E, C], scale[C], bias[C] in its parts), the norm's gain inside w, for what is linear in
-    the streams: the logits are `x @ w * scale * norm.of(mean(x^2), E) + bias`, which `of_products`
-    makes.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(w[E, C], scale[C], bias[C]), the norm's gain inside w, for what is linear in the streams:
+    the logits are `x @ w * scale * norm.of(mean(x^2), E) + bias`, which `of_products` makes.
 
     >>> params = {"pre_logits": jnp.ones(1), "post_logits": jnp.ones(1), "scale": jnp.full(2, 3.0)}
     >>> c = Dynamic(scales=("pre", "post"))
@@ -304,7 +303,13 @@ def linear(
     w = params["gain"][:, None] * w if c.norm.gain else w
     scales = _scales(c, sizes, streams, params)
     names = ("pre_logits", "post_logits", *(("res_logits",) if sizes.res else ()))
-    bias = tuple(params[name] for name in names)
+    # Joined as a sum: XLA makes those of all layers in one launch, and concatenations in one each.
+    ends = np.cumsum([params[name].size for name in names])
+    parts = [
+        jnp.pad(params[name], (end - params[name].size, ends[-1] - end))
+        for name, end in zip(names, ends, strict=True)
+    ]
+    bias = sum(parts[1:], parts[0])
     return w, jnp.ones(w.shape[1], w.dtype) if scales is None else scales, bias
 
 

@@ -10,8 +10,7 @@ C coefficient column, S share of E.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,18 +22,14 @@ from mhcjax.kernels.lanes import on_lanes
 from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, launch, power_of_two
 
 
-def joined(w_EC: jax.Array, scale_C: jax.Array, bias: Sequence[jax.Array]) -> jax.Array:
-    """[E + 2, C]: the parameters as one array, the parts of the bias beside each other.
+def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
+    """[E + 2, C]: the parameters as one array.
 
     As a sum, which XLA makes for all layers of a stack in one launch; a concatenation, or arrays of
     their own, would be launches of every layer."""
-    E, C = w_EC.shape
-    starts = itertools.accumulate(map(len, bias[:-1]), initial=0)
-    parts = [(w_EC, 0, 0), (scale_C[None], E, 0)]
-    parts += [(b[None], E + 1, c) for b, c in zip(bias, starts, strict=True)]
-    padded = [
-        jnp.pad(a, ((e, E + 2 - e - a.shape[0]), (c, C - c - a.shape[1]))) for a, e, c in parts
-    ]
+    E = w_EC.shape[0]
+    parts = [(w_EC, 0), (scale_C[None], E), (bias_C[None], E + 1)]
+    padded = [jnp.pad(a, ((e, E + 2 - e - a.shape[0]), (0, 0))) for a, e in parts]
     return added(padded).astype(WIDE)
 
 

@@ -11,7 +11,6 @@ Axis key: N source stream, M destination stream, D width, E = N*D flattened, C c
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -94,7 +93,6 @@ def _few(x: jax.Array) -> bool:
     return math.prod(lead) <= blocks_for(x).few * ways
 
 
-Biases = tuple[jax.Array, ...]
 TOKENS, WHOLE, LAST, SUMS = "tokens", "whole", "last", "sums"
 
 
@@ -288,10 +286,9 @@ write_and_read.defvjp(_write_and_read_forward, _write_and_read_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix_and_read(
-    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: Biases
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """(x, u, *coefficients) of x[..., N, D], w[E, C], scale[C] and bias[C], which comes in parts:
-    to join them would be a launch.
+    """(x, u, *coefficients) of x[..., N, D], w[E, C], scale[C] and bias[C].
 
     The coefficients, pre[..., N] first, are what `f(x @ w * scale, mean(x^2), bias)` gives of one
     token; `u = sum_n pre[n] x[n]`. x is passed on as `read` does."""
@@ -300,14 +297,14 @@ def mix_and_read(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix(
-    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: Biases
+    f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, ...]:
     """(x, *coefficients): `mix_and_read` without the read."""
     return _mixed_undifferentiated(f, False, x, w, scale, bias)
 
 
 def _mixed_undifferentiated(
-    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: Biases
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, ...]:
     if _few(x):
         return _mixed_few(f, reads, x, w, scale, bias)
@@ -316,7 +313,7 @@ def _mixed_undifferentiated(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _mixed_few(
-    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: Biases
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, ...]:
     shapes = [o.shape for o in _outputs(f, bias)]
     sizes = tuple(map(math.prod, shapes))
@@ -334,13 +331,13 @@ def _mixed_few(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _mixed(
-    f: Callable, reads: bool, x: jax.Array, w: jax.Array, bias: Biases
+    f: Callable, reads: bool, x: jax.Array, w: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
     N, D = x.shape[-2:]
     shapes = [o.shape for o in _outputs(f, bias)]
     sizes = tuple(map(math.prod, shapes))
 
-    def local(x: jax.Array, w: jax.Array, *bias: jax.Array) -> tuple:
+    def local(x: jax.Array, w: jax.Array, bias: jax.Array) -> tuple:
         lead, blocks, flat = x.shape[:-2], blocks_for(x), x.reshape(-1, N * D)
         how = mosaic if mosaic.fits(flat, projection.columns_of(w)) else projection
         z, square = how.project(flat, w, blocks)
@@ -352,31 +349,30 @@ def _mixed(
 
     packed = projection.weights(w, x.dtype)
     outputs = [TOKENS] * (len(shapes) + reads) + [LAST, TOKENS]
-    inputs = (TOKENS, WHOLE, *[WHOLE] * len(bias))
-    found = _on_shards(local, x.shape[:-2], inputs, outputs)(x, packed, *bias)
+    inputs = (TOKENS, WHOLE, WHOLE)
+    found = _on_shards(local, x.shape[:-2], inputs, outputs)(x, packed, bias)
     *results, z, mean = found
     return (x, *results), (x, packed, bias, checkpoint_name(z, MIX), checkpoint_name(mean, MIX))
 
 
-def _outputs(f: Callable, bias: Biases) -> Any:
+def _outputs(f: Callable, bias: jax.Array) -> Any:
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    column = jax.ShapeDtypeStruct((sum(map(len, bias)),), jnp.float32)
+    column = jax.ShapeDtypeStruct(bias.shape, jnp.float32)
     return jax.eval_shape(f, column, number, column)
 
 
 @partial(jax.jit, static_argnums=(0,))
 def _mixed_cotangents(
     f: Callable, saved: tuple, dx: jax.Array, du: jax.Array | None, dmix: Sequence[jax.Array]
-) -> tuple[jax.Array, jax.Array, Biases]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, packed, bias, z, mean = saved
     N, D = x.shape[-2:]
-    ends = list(itertools.accumulate(map(len, bias)))
-    C, columns = ends[-1], projection.columns_of(packed)
+    C, columns = bias.shape[0], projection.columns_of(packed)
 
     def local(
         x: jax.Array,
         w: jax.Array,
-        bias: Biases,
+        bias: jax.Array,
         z: jax.Array,
         mean: jax.Array,
         dx: jax.Array,
@@ -402,11 +398,11 @@ def _mixed_cotangents(
     dx, dw, dbias = _on_shards(local, x.shape[:-2], inputs, (TOKENS, SUMS, SUMS))(
         x, packed, bias, z, mean, dx, *dmix, *reads
     )
-    return dx, jnp.sum(dw, axis=0), tuple(jnp.split(jnp.sum(dbias, axis=0), ends[:-1]))
+    return dx, jnp.sum(dw, axis=0), jnp.sum(dbias, axis=0)
 
 
 def _mix_forward(
-    reads: bool, f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: Biases
+    reads: bool, f: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[tuple, tuple]:
     found, saved = _mixed(f, reads, x, w * scale, bias)
     return found, (saved, w, scale)

@@ -118,9 +118,9 @@ def _put_columns(ref: Any, at: tuple, columns: list, inside: jax.Array) -> None:
         plt.store(ref.at[(*at, pl.ds(0, count))], _together(columns), mask=inside[:, None])
 
 
-def _full(biases: Sequence[Any], lanes: int) -> list[jax.Array]:
-    """Every number of the biases on all lanes."""
-    return [jnp.full(lanes, ref[k], WIDE) for ref in biases for k in range(ref.shape[0])]
+def _full(bias_ref: Any, lanes: int) -> list[jax.Array]:
+    """Every number of the bias on all lanes."""
+    return [jnp.full(lanes, bias_ref[c], WIDE) for c in range(bias_ref.shape[0])]
 
 
 def _together(columns: list) -> jax.Array:
@@ -136,18 +136,17 @@ def coefficients(
     sizes: tuple[int, ...],
     z: jax.Array,
     square: jax.Array,
-    bias: Sequence[jax.Array],
+    bias: jax.Array,
     inputs: int,
     blocks: Blocks,
 ) -> tuple[jax.Array, ...]:
     """(z[C, T], mean square[T], then the outputs of f[T, size] each) of the sums that `project`
     made; `f(z[C], mean square[], bias[C])` is what one token does with them."""
     S, T, _ = z.shape
-    C, lanes = sum(map(len, bias)), blocks.lanes
+    C, lanes = bias.shape[0], blocks.lanes
     run = on_lanes(f, [(C,), (), (C,)], differentiable=False, special=SPECIAL)
 
-    def kernel(z_ref: Any, square_ref: Any, *refs: Any) -> None:
-        biases, refs = refs[: len(bias)], refs[len(bias) :]
+    def kernel(z_ref: Any, square_ref: Any, bias_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0) * lanes
         inside = t + jnp.arange(lanes) < T
         # A token past the end is one of ones, so that nothing divides by zero.
@@ -162,21 +161,21 @@ def coefficients(
         for c in range(C):
             put(refs[0].at[index(c), here], total[c])
         put(refs[1].at[here], mean)
-        for ref, columns in zip(refs[2:], run(total, [mean], _full(biases, lanes)), strict=True):
+        for ref, columns in zip(refs[2:], run(total, [mean], _full(bias_ref, lanes)), strict=True):
             _put_columns(ref, (here,), columns, inside)
 
     outputs = (array(WIDE, C, T), array(WIDE, T), *(array(WIDE, T, k) for k in sizes))
     call = launch(
         kernel, (pl.cdiv(T, lanes),), outputs, warps=max(lanes // 32, 1), name="mhc_coefficients"
     )
-    return tuple(call(z, square, *bias))
+    return tuple(call(z, square, bias))
 
 
 def coefficients_backward(
     f: Callable,
     z_CT: jax.Array,
     mean_T: jax.Array,
-    bias: Sequence[jax.Array],
+    bias: jax.Array,
     cotangents: Sequence[Sequence[jax.Array]],
     columns: int,
     dtype: Any,
@@ -194,15 +193,14 @@ def coefficients_backward(
     run = on_lanes(f, [(C,), (), (C,)], special=SPECIAL)
     counts = [len(group) for group in cotangents]
 
-    def kernel(z_ref: Any, mean_ref: Any, *refs: Any) -> None:
-        biases, refs = refs[: len(bias)], refs[len(bias) :]
+    def kernel(z_ref: Any, mean_ref: Any, bias_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0) * lanes
         inside = t + jnp.arange(lanes) < T
         load, put, here = partial(plt.load, mask=inside), plt.store, pl.ds(t, lanes)
         arguments = (
             [load(z_ref.at[index(c), here], other=1.0) for c in range(C)],
             [load(mean_ref.at[here], other=1.0)],
-            _full(biases, lanes),
+            _full(bias_ref, lanes),
         )
         outs, pull = jax.vjp(lambda *a: run(*a), *arguments)
         given, groups = iter(refs[: sum(counts)]), []
@@ -229,7 +227,7 @@ def coefficients_backward(
         kernel, (programs,), outputs, warps=max(lanes // 32, 1), name="mhc_coefficients_backward"
     )
     flat = [array for group in cotangents for array in group]
-    return call(z_CT, mean_T, *bias, *flat)
+    return call(z_CT, mean_T, bias, *flat)
 
 
 def project_backward(
