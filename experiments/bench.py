@@ -153,8 +153,11 @@ def on_paper(config: Config, device: str) -> dict[str, Any]:
     }
 
 
-def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> dict[str, Any]:
-    """Time `windows` windows of `steps` steps; put beside them what the plan says."""
+def measure(
+    config: Config, *, windows: int, steps: int, trace: Path | None, settle: float = 0.0
+) -> dict[str, Any]:
+    """Time `windows` windows of `steps` steps, after `settle` seconds of them: a GPU that comes
+    from idle is cooler and faster than it stays. Put beside them what the plan says."""
     import jax
     import numpy as np
 
@@ -169,6 +172,10 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
     run = stepper(config, step, state, program.batch_sharding)
     del state  # its buffers are the first step's to give away
     run(3)
+    began, first = time.perf_counter(), None
+    while time.perf_counter() < began + settle:
+        found = run(steps)["seconds"]
+        first = first or found
     seconds = [run(steps)["seconds"] for _ in range(windows)]
     stats = jax.devices()[0].memory_stats() or {}
     if trace is not None:
@@ -195,6 +202,8 @@ def measure(config: Config, *, windows: int, steps: int, trace: Path | None) -> 
         "mfu": per_step / median * flops / peak.peak_flops if peak else None,
         "step_ms": 1e3 * median,
         "spread": (max(seconds) - min(seconds)) / median,
+        "windows_ms": [1e3 * s for s in seconds],
+        "first_ms": first and 1e3 * first,
         "compile_s": compiled,
         "peak_gb": peak_bytes / 1e9 if peak_bytes else None,
         "predicted_gb": audit.compiled_bytes(step) / 1e9,
@@ -454,6 +463,7 @@ def requests_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "changes": changes,
                 "windows": args.windows,
                 "steps": args.steps,
+                "settle": args.settle,
                 "profile": args.profile,
             }
         )
@@ -496,7 +506,8 @@ def row(request: dict[str, Any], answer: Path) -> None:
     config = config_of(request["shape"], request["connection"], request["changes"])
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) if request["profile"] else None
-        found = measure(config, windows=request["windows"], steps=request["steps"], trace=trace)
+        timing = {name: request[name] for name in ("windows", "steps", "settle")}
+        found = measure(config, **timing, trace=trace)
         if trace is not None:
             found["kernels"], found["idle_ms"] = kernels(trace)
             print(f"{found['idle_ms']:9.3f} ms idle", file=sys.stderr)
@@ -526,6 +537,7 @@ def main() -> int:
     m.add_argument("--jobs", type=int, default=1, help="rows at a time, each on its own GPU [1]")
     m.add_argument("--windows", type=int, default=5, help="timed windows [5]")
     m.add_argument("--steps", type=int, default=10, help="steps in a window [10]")
+    m.add_argument("--settle", type=float, default=0.0, help="seconds of steps before them [0]")
     m.add_argument("--profile", action="store_true", help="kernel times of three steps (GPU)")
     m.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows")
     o = verbs.add_parser("mesh", help="a mesh of one device against none, by turns")

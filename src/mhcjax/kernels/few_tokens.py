@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, launch, power_of_two
+from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, in_powers, launch, power_of_two
 
 
 def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -36,12 +36,6 @@ def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
 def _in_flight(loads: int, blocks: Blocks) -> int:
     """How many of so many loads are in flight at once."""
     return next(n for n in range(blocks.few_loads, 0, -1) if loads % n == 0)
-
-
-def _columns(C: int) -> list[tuple[int, int]]:
-    """(start, size) of the columns in powers of two: loads that are masked would wait for each
-    other."""
-    return [(C >> k + 1 << k + 1, 1 << k) for k in reversed(range(C.bit_length())) if C >> k & 1]
 
 
 def project(x: jax.Array, own: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -61,16 +55,16 @@ def project(x: jax.Array, own: jax.Array, blocks: Blocks) -> tuple[jax.Array, ja
             starts = [(s * tiles + step * several + k) * rows for k in range(several)]
             here = [pl.ds(e, rows) for e in starts]
             x = [x_ref[t, e].astype(WIDE) for e in here]
-            weights = [[own_ref[e, pl.ds(c, size)] for c, size in _columns(C)] for e in here]
+            weights = [[own_ref[e, pl.ds(c, size)] for c, size in in_powers(C)] for e in here]
             for v, w in zip(x, weights, strict=True):
                 sums = tuple(z + a * v[:, None] for z, a in zip(sums, w, strict=True))
                 square = square + v * v
             return sums, square
 
-        start = tuple(jnp.zeros((rows, size), WIDE) for _, size in _columns(C))
+        start = tuple(jnp.zeros((rows, size), WIDE) for _, size in in_powers(C))
         carry = start, jnp.zeros(rows, WIDE)
         sums, square = jax.lax.fori_loop(0, tiles // several, body, carry)
-        for (c, size), z in zip(_columns(C), sums, strict=True):
+        for (c, size), z in zip(in_powers(C), sums, strict=True):
             z_ref[t, s, pl.ds(c, size)] = jnp.sum(z, axis=0)
         square_ref[t, s] = jnp.sum(square)
 
@@ -97,7 +91,7 @@ def mix(
         t, all_shares = pl.program_id(0), pl.ds(0, shares)
         # Numbers as arrays of one lane: a token's products are apart once, then stay in registers.
         products = []
-        for c, size in _columns(C):
+        for c, size in in_powers(C):
             scale = jnp.sum(own_ref[pl.ds(E, 1), pl.ds(c, size)], axis=0)
             z = jnp.sum(z_ref[t, all_shares, pl.ds(c, size)], axis=0) * scale
             each = [jnp.where(jnp.arange(size) == k, z, 0) for k in range(size)]

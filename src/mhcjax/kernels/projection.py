@@ -18,7 +18,16 @@ from jax.experimental.pallas import triton as plt
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, index, launch, power_of_two
+from mhcjax.kernels.triton import (
+    SPECIAL,
+    WIDE,
+    added,
+    array,
+    in_powers,
+    index,
+    launch,
+    power_of_two,
+)
 
 
 def weights(w_EC: jax.Array, dtype: Any) -> jax.Array:
@@ -94,28 +103,44 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     return call(x, w)
 
 
-def _columns(ref: Any, at: tuple, count: int, inside: jax.Array, other: float) -> list[jax.Array]:
-    """The columns [lanes] of the rows ref[*at], [lanes, count]: one load where count allows it."""
-    if count & (count - 1):
-        return [plt.load(ref.at[(*at, index(c))], mask=inside, other=other) for c in range(count)]
-    rows = ref.at[(*at, pl.ds(0, count))]
-    return _apart(plt.load(rows, mask=inside[:, None], other=other))
+# Few loads and stores of many numbers each: Triton's compiler looks at the whole kernel for every
+# one, and one for each number would make it work ten minutes on the backward pass of 8 streams.
 
 
-def _apart(tile: jax.Array) -> list[jax.Array]:
-    return [column.reshape(-1) for column in jnp.split(tile, tile.shape[1], axis=1)]
+def _columns(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.Array]:
+    """The columns [lanes] of the rows ref[here], of ref[T, columns]."""
+    tiles = [
+        plt.load(ref.at[here, pl.ds(c, size)], mask=inside[:, None], other=other)
+        for c, size in in_powers(ref.shape[1])
+    ]
+    return [column for tile in tiles for column in _apart(tile, 1)]
 
 
-def _put_columns(ref: Any, at: tuple, columns: list, inside: jax.Array) -> None:
-    """Columns [lanes] to the rows ref[*at], [lanes, columns]: one store where their number allows
-    it, so that a row is written at once."""
-    count = len(columns)
-    columns = [jnp.broadcast_to(jnp.asarray(c, WIDE), inside.shape) for c in columns]
-    if count & (count - 1):
-        for c, column in enumerate(columns):
-            plt.store(ref.at[(*at, index(c))], column, mask=inside)
-    else:
-        plt.store(ref.at[(*at, pl.ds(0, count))], _together(columns), mask=inside[:, None])
+def _rows(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.Array]:
+    """The same of ref[columns, T]."""
+    tiles = [
+        plt.load(ref.at[pl.ds(c, size), here], mask=inside[None], other=other)
+        for c, size in in_powers(ref.shape[0])
+    ]
+    return [row for tile in tiles for row in _apart(tile, 0)]
+
+
+def _apart(tile: jax.Array, axis: int) -> list[jax.Array]:
+    return [part.reshape(-1) for part in jnp.split(tile, tile.shape[axis], axis=axis)]
+
+
+def _put_columns(ref: Any, here: Any, columns: list, inside: jax.Array) -> None:
+    """Columns [lanes] to ref[here], of ref[T, columns]."""
+    for c, size in in_powers(len(columns)):
+        tile = _together(columns[c : c + size], inside)
+        plt.store(ref.at[here, pl.ds(c, size)], tile, mask=inside[:, None])
+
+
+def _put_rows(ref: Any, start: int, here: Any, rows: list, inside: jax.Array) -> None:
+    """Rows [lanes] to ref[start:, here], of ref[rows, T]."""
+    for c, size in in_powers(len(rows)):
+        tile = _together(rows[c : c + size], inside).T
+        plt.store(ref.at[pl.ds(start + c, size), here], tile, mask=inside[None])
 
 
 def _full(bias_ref: Any, lanes: int) -> list[jax.Array]:
@@ -123,11 +148,11 @@ def _full(bias_ref: Any, lanes: int) -> list[jax.Array]:
     return [jnp.full(lanes, bias_ref[c], WIDE) for c in range(bias_ref.shape[0])]
 
 
-def _together(columns: list) -> jax.Array:
+def _together(columns: list, like: jax.Array) -> jax.Array:
     """[lanes, columns], joined in pairs: what Triton can."""
     if len(columns) == 1:
-        return columns[0][:, None]
-    pair = [_together(columns[k::2])[..., None] for k in (0, 1)]
+        return jnp.broadcast_to(jnp.asarray(columns[0]), like.shape)[:, None]
+    pair = [_together(columns[k::2], like)[..., None] for k in (0, 1)]
     return jnp.concatenate(pair, axis=-1).reshape(-1, len(columns))
 
 
@@ -151,18 +176,16 @@ def coefficients(
         inside = t + jnp.arange(lanes) < T
         # A token past the end is one of ones, so that nothing divides by zero.
         load = partial(plt.load, mask=inside, other=1.0)
-        put = partial(plt.store, mask=inside)
         here = pl.ds(t, lanes)
         tiles = [
             plt.load(z_ref.at[index(s), here, :], mask=inside[:, None], other=1.0) for s in range(S)
         ]
-        total = _apart(added(tiles))[:C]
+        total = _apart(added(tiles), 1)[:C]
         mean = added([load(square_ref.at[index(s), here]) for s in range(S)]) / inputs
-        for c in range(C):
-            put(refs[0].at[index(c), here], total[c])
-        put(refs[1].at[here], mean)
+        _put_rows(refs[0], 0, here, total, inside)
+        plt.store(refs[1].at[here], mean, mask=inside)
         for ref, columns in zip(refs[2:], run(total, [mean], _full(bias_ref, lanes)), strict=True):
-            _put_columns(ref, (here,), columns, inside)
+            _put_columns(ref, here, columns, inside)
 
     outputs = (array(WIDE, C, T), array(WIDE, T), *(array(WIDE, T, k) for k in sizes))
     call = launch(
@@ -196,25 +219,23 @@ def coefficients_backward(
     def kernel(z_ref: Any, mean_ref: Any, bias_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0) * lanes
         inside = t + jnp.arange(lanes) < T
-        load, put, here = partial(plt.load, mask=inside), plt.store, pl.ds(t, lanes)
+        here = pl.ds(t, lanes)
         arguments = (
-            [load(z_ref.at[index(c), here], other=1.0) for c in range(C)],
-            [load(mean_ref.at[here], other=1.0)],
+            _rows(z_ref, here, inside, 1.0),
+            [plt.load(mean_ref.at[here], mask=inside, other=1.0)],
             _full(bias_ref, lanes),
         )
         outs, pull = jax.vjp(lambda *a: run(*a), *arguments)
         given, groups = iter(refs[: sum(counts)]), []
-        for count, out in zip(counts, outs, strict=True):
-            own = [_columns(next(given), (here,), len(out), inside, 0.0) for _ in range(count)]
+        for count in counts:
+            own = [_columns(next(given), here, inside, 0.0) for _ in range(count)]
             groups.append([added(list(k)) for k in zip(*own, strict=True)])
         dz, (dmean,), dbias = pull(groups)
         dz_ref, rows_ref, dbias_ref = refs[-3:]
-        for c in range(columns):
-            column = dz[c] if c < C else jnp.zeros(lanes, WIDE)
-            for p, part in enumerate(_two(column, dtype)):
-                put(dz_ref.at[index(p * columns + c), here], part, mask=inside)
-        for k, row in enumerate([dmean * (2 / inputs), *outs[0]]):
-            put(rows_ref.at[index(k), here], row, mask=inside)
+        padded = [*dz, *[jnp.zeros(lanes, WIDE)] * (columns - C)]
+        for p, part in enumerate(zip(*(_two(column, dtype) for column in padded), strict=True)):
+            _put_rows(dz_ref, p * columns, here, list(part), inside)
+        _put_rows(rows_ref, 0, here, [dmean * (2 / inputs), *outs[0]], inside)
         for c in range(C):
             dbias_ref[c, pl.program_id(0)] = jnp.sum(dbias[c])
 

@@ -52,6 +52,13 @@ def power_of_two(width: int, most: int) -> int:
     return min(most, width & -width)
 
 
+def in_powers(count: int) -> list[tuple[int, int]]:
+    """(start, size) of so many columns in powers of two, as Triton wants them; a mask would make
+    loads wait for each other."""
+    sizes = [1 << k for k in reversed(range(count.bit_length())) if count >> k & 1]
+    return [(sum(sizes[:k]), size) for k, size in enumerate(sizes)]
+
+
 def _warps(chunk: int, elements: int) -> int:
     """Warps that leave each lane that many elements of a chunk."""
     return max(1, chunk // (32 * elements))
