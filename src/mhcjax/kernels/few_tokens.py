@@ -19,7 +19,16 @@ from jax.experimental import pallas as pl
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.lanes import on_lanes
-from mhcjax.kernels.triton import SPECIAL, WIDE, added, array, in_powers, launch, power_of_two
+from mhcjax.kernels.triton import (
+    SPECIAL,
+    WIDE,
+    added,
+    array,
+    in_powers,
+    launch,
+    power_of_two,
+    put,
+)
 
 
 def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -97,10 +106,9 @@ def mix(
             each = [jnp.where(jnp.arange(size) == k, z, 0) for k in range(size)]
             products += [jnp.full(1, jnp.sum(one)) for one in each]
         mean = jnp.full(1, jnp.sum(square_ref[t, all_shares]) / E)
-        found = run(products, [mean], [own_ref[E + 1, pl.ds(c, 1)] for c in range(C)])
+        found = run(products, [mean], [jnp.full(1, own_ref[E + 1, c]) for c in range(C)])
         for ref, numbers in zip(refs[reads:], found, strict=True):
-            for k, number in enumerate(numbers):
-                ref[t, pl.ds(k, 1)] = jnp.broadcast_to(jnp.asarray(number, WIDE), (1,))
+            put(ref, t, [jnp.sum(number) for number in numbers])
         if not reads:
             return
 

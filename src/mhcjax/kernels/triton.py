@@ -147,7 +147,7 @@ def _weighted(weights: list, vectors: list) -> jax.Array:
     return added([w * v for w, v in zip(weights, vectors, strict=True)])
 
 
-def _put(ref: Any, t: Any, numbers: list) -> None:
+def put(ref: Any, t: Any, numbers: list) -> None:
     """Numbers to a token's row: at once where their count allows it."""
     count = len(numbers)
     if count & (count - 1):
@@ -316,20 +316,21 @@ def write_backward(
         own = _row(refs[5], t) if fused else []
 
         def load(d: Any) -> tuple:
-            du = refs[6][t, d] if fused else None
-            x, dout = ([ref[t, n, d] for n in range(ref.shape[1])] for ref in (x_ref, dout_ref))
-            return x, y_ref[t, d], dout, du
+            dout = [dout_ref[t, m, d] for m in range(M)]
+            x = [x_ref[t, n, d] for n in range(N)]
+            return dout, x, y_ref[t, d], refs[6][t, d] if fused else None
 
         def body(d: Any, loaded: tuple, sums: tuple) -> tuple:
-            x, y, dout, du = jax.tree.map(lambda a: a.astype(WIDE), loaded)
+            dout, x, y, du = jax.tree.map(lambda a: a.astype(WIDE), loaded)
+            # First what wants all that was loaded: ptxas then has all loads in flight at once.
+            dots = [du * v for v in (*x, y)] if fused else []
             if fused:
                 dout = [g + p * du for g, p in zip(dout, own, strict=True)]
             for n in range(N):
                 dx = _weighted([res[m * N + n] for m in range(M)], dout)
                 dx_ref[t, n, d] = dx.astype(dx_ref.dtype)
             dy_ref[t, d] = _weighted(post, dout).astype(dy_ref.dtype)
-            products = [g * v for g in dout for v in x] + [g * y for g in dout]
-            products += [du * v for v in (*x, y)] if fused else []
+            products = [g * v for g in dout for v in x] + [g * y for g in dout] + dots
             return tuple(s + _lane_sums(p, per_lane) for s, p in zip(sums, products, strict=True))
 
         count = M * N + M + (N + 1) * fused
@@ -339,13 +340,13 @@ def write_backward(
         else:
             sums = _loaded_ahead(D, chunk, load, body, zeros)
         sums = [jnp.sum(s) for s in sums]
-        _put(dres_ref, t, sums[: M * N])
-        _put(dpost_ref, t, sums[M * N : M * N + M])
+        put(dres_ref, t, sums[: M * N])
+        put(dpost_ref, t, sums[M * N : M * N + M])
         if fused:
             # du . x'[m], x' being the weighted sum that was read: its rounding is left out.
             dots = sums[M * N + M :]
             rows = [[*res[m * N : m * N + N], post[m]] for m in range(M)]
-            _put(refs[-1], t, [_weighted(row, dots) for row in rows])
+            put(refs[-1], t, [_weighted(row, dots) for row in rows])
 
     outputs = [
         array(x.dtype, T, N, D),
