@@ -317,7 +317,7 @@ def test_a_row_is_held_against_its_own_plan():
     }
     shapes, again = ("gpt2_124m", "gpt_1b3"), "model.remat=true"
     wanted = {(s, c, v) for s in shapes for c in ("residual", "deepseek_v4") for v in ("", again)}
-    wanted |= {(s, "mhc_n2", "") for s in shapes} | {("gpt2_124m", "mhc_n2", again)}
+    wanted |= {(s, "mhc_n2", v) for s in shapes for v in ("", again)}
     assert rows.keys() >= wanted
     for shape in shapes:
         row = rows[shape, "deepseek_v4", ""][0]
@@ -411,7 +411,8 @@ def test_streams_by_hand():
     forward, backward = (sublayers * 65536 * 24 * each for each in plan.COEFFICIENTS)
     kernels = 50 * by_kernels + forward + backward
     assert math.isclose(streams("deepseek_v4"), kernels)
-    # Measured, model_kernels_h200.json: 8.8 + 8.7 + 5.2 + 2.8 + 2.8 + 2.7 and 0.24 + 0.82 ms.
+    # Measured: 8.7 + 8.4 + 5.2 + 2.9 + 2.9 + 2.7 and 0.24 + 0.77 ms from idle (model_cool_h200.json),
+    # 10.2 + 8.7 + 5.2 + 2.9 + 2.9 + 2.8 and 0.27 + 0.89 when the GPU has settled (model_kernels_).
     assert math.isclose(50 * by_kernels, 31.0e-3, rel_tol=0.02)
     assert math.isclose(forward + backward, 1.06e-3, rel_tol=0.02)
     # The next read is part of the write: an ideal kernel's passes.

@@ -29,15 +29,17 @@ def test_the_page_is_what_its_command_says():
     measured = sum(r["shape"] in scaling.TOKENS for r in rows)
     planned = len(scaling.TOKENS) * len(scaling.GPUS) + len(scaling.LONG[3])
     assert page.count("\n| gpt") == planned + measured
-    assert page.count("| model.remat=true |") == sum(bool(r.get("variant")) for r in rows) > 4
+    for variant in ("model.remat=true", "model.remat_streams=true"):
+        assert page.count(f"| {variant} |") == sum(r.get("variant") == variant for r in rows) > 1
     assert page.count("\n| weak") + page.count("\n| sharded") == len(list(scaling.scaled())) > 7
 
 
 def test_a_recorded_row_has_the_config_that_was_run():
     """The variant is part of it; what the rows say of themselves is what is made of their names."""
     found = list(scaling.recorded())
-    assert {c.model.remat for r, c in found if r.get("variant")} == {True}
-    assert {c.model.remat for r, c in found if not r.get("variant")} == {False}
+    flags = {(r.get("variant") or "", c.model.remat, c.model.remat_streams) for r, c in found}
+    wanted = {("model.remat=true", True, False), ("model.remat_streams=true", False, True)}
+    assert flags == wanted | {("", False, False)}
     said = 0
     for row, config in (*found, *scaling.scaled()):
         if "config" in row:
