@@ -411,8 +411,8 @@ def test_streams_by_hand():
     forward, backward = (sublayers * 65536 * 24 * each for each in plan.COEFFICIENTS)
     kernels = 50 * by_kernels + forward + backward
     assert math.isclose(streams("deepseek_v4"), kernels)
-    # Measured: 8.7 + 8.4 + 5.2 + 2.9 + 2.9 + 2.7 and 0.24 + 0.77 ms from idle (model_cool_h200.json),
-    # 10.2 + 8.7 + 5.2 + 2.9 + 2.9 + 2.8 and 0.27 + 0.89 when the GPU has settled (model_kernels_).
+    # Measured, from idle (model_cool_h200.json): 8.7 + 8.4 + 5.2 + 2.9 + 2.9 + 2.7 and 0.24 + 0.77;
+    # settled (model_kernels_h200.json): 10.2 + 8.7 + 5.2 + 2.9 + 2.9 + 2.8 and 0.27 + 0.89 ms.
     assert math.isclose(50 * by_kernels, 31.0e-3, rel_tol=0.02)
     assert math.isclose(forward + backward, 1.06e-3, rel_tol=0.02)
     # The next read is part of the write: an ideal kernel's passes.
