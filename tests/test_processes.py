@@ -480,43 +480,59 @@ def test_the_printed_slurm_script(tmp_path, victim):
 
 
 JOINED = """
-import sys, time
+import socket, sys, time
 from mhcjax import cluster
-cluster.join(sys.argv[1], 2, int(sys.argv[2]), heartbeat=5)
+socket.gethostname = lambda: sys.argv[4]
+cluster.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), heartbeat=5)
 print("joined", flush=True)
 time.sleep(60)
 """
+NOWHERE = "nowhere.invalid"
 
 
-@pytest.mark.parametrize("killed", [0, 1, None])
-def test_a_process_that_the_runtime_aborts_says_why(tmp_path, killed):
-    """gloo aborts one, process 0 too, to which a dead one owes a message. And as the control: where
-    nobody is gone nobody is named; the other one then ends because of this one."""
-    address, aborted = free_address(), 1 - (killed or 0)
-    command = [sys.executable, "-c", JOINED, address]
-    pair = [start([*command, str(i)], devices(1), tmp_path) for i in range(2)]
+@pytest.mark.parametrize(
+    ("names", "killed", "aborted", "named"),
+    [
+        (["localhost"] * 2, 0, [1], {1: 0}),
+        (["localhost"] * 2, 1, [0], {0: 1}),
+        (["localhost"] * 3, 0, [1, 2], {1: 0, 2: 0}),
+        # Nobody is gone, or nobody of that name was ever reached: nobody is named.
+        (["localhost"] * 2, None, [1], {1: None}),
+        (["localhost", NOWHERE], 1, [0], {0: None}),
+        (["localhost", "localhost", NOWHERE], 1, [0], {0: 1}),
+    ],
+)
+def test_a_process_that_the_runtime_aborts_says_why(tmp_path, names, killed, aborted, named):
+    """JAX aborts those whose process 0 is dead, gloo one, process 0 too, to which a dead one owes a
+    message. The line is the witness's."""
+    command = [sys.executable, "-c", JOINED, free_address(), str(len(names))]
+    started = [
+        start([*command, str(p), name], devices(1), tmp_path) for p, name in enumerate(names)
+    ]
     end = time.monotonic() + 60
-    while not all("joined" in p.out.read_text() for p in pair):
-        assert time.monotonic() < end, [p.err.read_text() for p in pair]
+    while not all("joined" in p.out.read_text() for p in started):
+        assert time.monotonic() < end, [p.err.read_text() for p in started]
         time.sleep(0.1)
+    time.sleep(1)  # the witness has knocked for the first time
     if killed is not None:
-        pair[killed].kill()
-        pair[killed].wait()
-    pair[aborted].send_signal(signal.SIGABRT)
-    while "mhcjax: " not in pair[aborted].err.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    found = finish(pair, 60)
-    assert found[aborted][0] == -signal.SIGABRT
-    line = one_line(found[aborted][2])
-    host = socket.gethostname()
-    if killed is None:
-        assert line.startswith(f"mhcjax: process 1 of 2 ({host}) was killed, or aborted")
-        wanted = f"process 0 of 2 ({host}) ends: process 1 ({host}) is gone;"
-        assert found[0][0] == 3 and wanted in one_line(found[0][2])
-    else:
-        wanted = f"process {aborted} of 2 ({host}) ends: process {killed} ({host}) is gone;"
-        assert wanted in line
+        started[killed].kill()
+        started[killed].wait()
+    for process in aborted:
+        started[process].send_signal(signal.SIGABRT)
+    for process in aborted:
+        while "mhcjax: " not in started[process].err.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    for process in started:
+        process.kill()
+    for process, gone in named.items():
+        assert started[process].wait(60) == -signal.SIGABRT
+        line = one_line(started[process].err.read_text())
+        me = f"mhcjax: process {process} of {len(names)} ({names[process]})"
+        if gone is None:
+            assert line.startswith(f"{me} was killed, or aborted")
+        else:
+            assert line.startswith(f"{me} ends: process {gone} ({names[gone]}) is gone;"), line
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import inspect
 import json
 import math
 import os
@@ -201,34 +200,41 @@ def _end(code: int, line: str) -> NoReturn:
 # The runtime may abort a process in C++: JAX at once when process 0, and with it the coordination
 # service, is gone, or when the processes do not fit together, gloo when a message of a dead process
 # is missing. So a small child of each holds the other end of a pipe, and when that ends it says the
-# last words it was given, or which of the others answer no more.
+# last words it was given, or which of the others answer no more. Only those prove something that it
+# had reached before; and the death of process 0 ends all, so that it is named alone.
 _WITNESS = """
 import json, socket, sys
 from concurrent.futures import ThreadPoolExecutor
-last = ""
-for last in sys.stdin:
-    pass
-def silent(other):
+def answers(other):
     try:
         socket.create_connection(other[1:], 5).close()
-    except OSError:
         return True
-if last.strip():
-    said = json.loads(last)
+    except OSError:
+        return False
+def sorted_out(others, wanted):
     with ThreadPoolExecutor(64) as pool:
-        answers = pool.map(silent, said["others"])
-        gone = [name for (name, *_), is_gone in zip(said["others"], answers) if is_gone]
-    line = said["ends"].replace("GONE", _gone(gone)) if gone else said["words"]
+        found = pool.map(answers, others)
+        return [other for other, here in zip(others, found) if here == wanted]
+said = None
+for line in sys.stdin:
+    said = json.loads(line)
+    reached = sorted_out(said["others"], True) if said else []
+if said:
+    gone = [name for name, *_ in sorted_out(reached, False)]
+    if gone and gone[0].startswith("0 "):
+        gone = gone[:1]
+    line = said["ends"][len(gone) > 1].replace("GONE", ", ".join(gone)) if gone else said["words"]
     print("mhcjax:", line, file=sys.stderr, flush=True)
 """
+_KNOWN = 32  # others that a witness knows, besides process 0: all of thousands would be too many
 
 
-def _last_words(words: str, ends: str = "", others: Sequence[tuple[str, str, int]] = ()) -> None:
-    """What the witness says if this process ends without a word: `words`, or, where some of the
-    others (name, host, port) do not answer, `ends`, with them in the place of GONE."""
+def _last_words(words: str, me: str = "", others: Sequence[tuple[str, str, int]] = ()) -> None:
+    """What the witness says if this process ends without a word: `words`, or which of the others
+    (name, host, port) no longer answer."""
     if not _witness:
         # A session of its own: Ctrl-C is not for it.
-        command = [sys.executable, "-ISc", inspect.getsource(_gone) + _WITNESS]
+        command = [sys.executable, "-ISc", _WITNESS]
         _witness.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
         )
@@ -236,35 +242,32 @@ def _last_words(words: str, ends: str = "", others: Sequence[tuple[str, str, int
     pipe = _witness[0].stdin
     with contextlib.suppress(OSError):
         if pipe is not None:
-            said = {"words": words, "ends": ends, "others": others}
-            pipe.write(json.dumps(said) + "\n")
+            ends = [_gone(me, "GONE", several) for several in (False, True)]
+            pipe.write(json.dumps({"words": words, "ends": ends, "others": others}) + "\n")
             pipe.flush()
 
 
-def _gone(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    several = len(names) > 1
-    return f"process{'es' * several} {', '.join(names[:8])}{more} {'are' if several else 'is'} gone"
+def _gone(me: str, names: str, several: bool) -> str:
+    process, verb = ("processes", "are") if several else ("process", "is")
+    return f"{me} ends: {process} {names} {verb} gone; {_REMEDY}"
 
 
 def _dismiss() -> None:
     """This process says itself what there is to say."""
     while _witness:
-        _witness.pop().communicate("\n")
+        _witness.pop().communicate("null\n")
 
 
 def _keep_watch(names: list[str], leader: str, ports: list[int], sign: socket.socket) -> None:
     threading.Thread(target=_answer, args=[sign], daemon=True).start()
-    own = jax.process_index()
-    me = f"process {own} of {len(names)} ({names[own]})"
+    own, count = jax.process_index(), len(names)
+    me = f"process {own} of {count} ({names[own]})"
+    near = {0} | {(own + k) % count for k in range(-_KNOWN // 2, _KNOWN // 2 + 1)}
     hosts = [leader, *names[1:]]
-    others = [(f"{p} ({name})", hosts[p], ports[p]) for p, name in enumerate(names) if p != own]
-    # Where the sign of one cannot be reached, the silence of others proves nothing.
-    proven = _answers(*others[0][1:])
     _last_words(
         f"{me} was killed, or aborted, as JAX does when another one is gone; {_REMEDY}",
-        f"{me} ends: GONE; {_REMEDY}",
-        others if proven else [],
+        me,
+        [(f"{p} ({names[p]})", hosts[p], ports[p]) for p in sorted(near - {own})],
     )
     watch = threading.Thread(target=_watch, args=[me, names], daemon=True)
     watch.start()
@@ -274,8 +277,10 @@ def _keep_watch(names: list[str], leader: str, ports: list[int], sign: socket.so
 def _answer(sign: socket.socket) -> None:
     """Whoever knocks finds that this process lives."""
     while True:
-        with contextlib.suppress(OSError):
+        try:
             sign.accept()[0].close()
+        except OSError:
+            time.sleep(1)
 
 
 _REMEDY = "start all processes again with --resume auto"
@@ -301,7 +306,8 @@ def _watch(me: str, names: list[str]) -> None:
         return
     if leads():
         time.sleep(3)  # the others hear it from the service in this process
-    _end(LOST, f"{me} ends: {_gone([f'{p} ({names[p]})' for p in sorted(gone)])}; {_REMEDY}")
+    lost = ", ".join(f"{p} ({names[p]})" for p in sorted(gone))
+    _end(LOST, _gone(me, lost, len(gone) > 1))
 
 
 def leave(*, together: bool = True) -> None:
