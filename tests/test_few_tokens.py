@@ -1,6 +1,7 @@
 """Few tokens whose gradient nobody takes, as in decoding: two kernels make the coefficients and the
 read. Their values against the float64 oracle, and what the programs around it launch."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -72,6 +73,13 @@ def test_values(name, N, T, dtype, on_the_device):
 )
 def test_values_of_other_presets_and_leading_axes(name, N, D, lead, dtype, on_the_device):
     check(name, N, D, lead, dtype)
+
+
+def test_values_of_loads_in_several_steps(patched):
+    """One share of four tiles, two at a time."""
+    whole = blocks.blocks_for
+    patched.setattr(pallas, "blocks_for", lambda x: replace(whole(x), few_shares=1, few_loads=2))
+    small()
 
 
 @pytest.mark.gpu

@@ -220,6 +220,7 @@ LARGE = [
     ("single_pass", 4, 768, (4096,), "bfloat16"),
     ("mhc_lite", 4, 2048, (512,), "bfloat16"),
     ("mhc", 8, 512, (640,), "bfloat16"),
+    ("mhc", 6, 768, (2, 1024), "bfloat16"),
     ("mhc", 2, 2048, None, "bfloat16"),
     ("deepseek_v4", 4, 2048, None, "float32"),
     ("single_pass", 4, 2048, None, "bfloat16"),

@@ -239,10 +239,35 @@ def test_a_run_killed_between_its_last_save_and_its_summary(tmp_path, summary):
     outcome, lines = fit(config, folder, resume="auto")
     found = json.loads((folder / "summary.json").read_text())
     assert {**found, "elapsed": 0} == {**wanted, "elapsed": 0}
+    assert found["elapsed"] == before[-1]["elapsed"] > 0  # of its last row
     assert outcome.status == "done"
     assert outcome.validation == checkpoint.describe(folder)["validation"]
     assert lines[-1].startswith("resume:")
     assert (state_print(folder), rows(folder)) == (at_end, before)
+
+
+def test_a_run_that_was_stopped_where_it_is_now_to_end(tmp_path):
+    """Its last save has no evaluation; the summary has one."""
+    config, folder = small(log_every=2), tmp_path / "run"
+    fit(config, folder)
+    step = checkpoint.find(folder)
+    meta = json.loads((step / "meta" / "metadata").read_text())
+    (step / "meta" / "metadata").write_text(json.dumps({**meta, "validation": {}}))
+    assert checkpoint.describe(folder)["validation"] == {}
+    wanted = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({"status": "stopped", "updates": 7}))
+    outcome, _ = fit(config, folder, resume="auto")
+    found = json.loads((folder / "summary.json").read_text())
+    assert found["val_ce"] == wanted["val_ce"] == outcome.validation["val_ce"]
+
+
+def test_nothing_left_to_make_from_another_folder(tmp_path):
+    """There is no run to end: nothing is written."""
+    config, folder = small(log_every=2), tmp_path / "run"
+    fit(config, folder)
+    outcome, lines = fit(config, tmp_path / "new", resume=str(folder))
+    assert (outcome.status, outcome.updates) == ("done", 7) and "0 more" in lines[-1]
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_corpus_shorter_than_the_run(tmp_path, read_batches):

@@ -37,8 +37,8 @@ from mhcjax.runlog import (
     RunLog,
     drop_rows_after,
     duration,
-    ended,
     read_rows,
+    unfinished,
     versions,
     write_atomic,
 )
@@ -187,7 +187,7 @@ class _Run:
         if updates >= total:
             self.say(f"the checkpoint has {updates} updates of {total}: 0 more to make")
             validation = meta.get("validation", {})
-            if processes.agreed(lambda: ended(self.folder, updates)):
+            if not processes.agreed(lambda: unfinished(self.folder, updates)):
                 return Outcome("done", self.folder, updates, validation)
         return self._train(state, updates, validation)
 
@@ -343,6 +343,8 @@ class _Run:
                 if status != "done":
                     break
             saved.wait()
+            if status == "done" and not validation:
+                validation = self._evaluate(state, updates)
             self._finish(state, status, updates, progress, validation)
         return Outcome(status, self.folder, updates, validation, signalled)
 
@@ -465,16 +467,14 @@ class _Run:
             "updates": updates,
             "skipped": int(state.skipped),
             **validation,
-            "elapsed": progress.elapsed(),
+            "elapsed": progress.elapsed() or max(r.get("elapsed", 0) for r in rows),
             "model": audit.model_name(self.config),
         }
         if status == "done":
-            cosines = [r for r in rows if r["kind"] == "eval"][-1]["cosine_operand"]
             evals = [r for r in rows if r["kind"] == "eval"]
-            loss, mixing = (
-                plots.loss_figure({audit.model_name(self.config): rows}),
-                plots.mixing_figure([r.mix for r in records], cosines, evals),
-            )
+            mixes, cosines = [r.mix for r in records], evals[-1]["cosine_operand"]
+            loss = plots.loss_figure({audit.model_name(self.config): rows})
+            mixing = plots.mixing_figure(mixes, cosines, evals)
             loss.savefig(self.folder / "loss.png", dpi=120)
             mixing.savefig(self.folder / "mixing.png", dpi=120)
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")

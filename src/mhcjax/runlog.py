@@ -235,19 +235,26 @@ def drop_rows_after(folder: Path, step: int) -> None:
         write_atomic(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
 
-def ended(folder: str | Path, updates: int) -> bool:
-    """Whether the run's summary says that it is done after so many updates: a run that was killed
-    between its last checkpoint and its summary is not.
+def unfinished(folder: str | Path, updates: int) -> bool:
+    """Whether there is a run whose summary does not say that it is done after so many updates: it
+    was killed between its last checkpoint and its summary.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(unfinished(folder, 7))
+    ...     write_atomic(Path(folder) / "config.json", "{}")
+    ...     print(unfinished(folder, 7))
     ...     write_atomic(Path(folder) / "summary.json", '{"status": "done", "updates": 7}')
-    ...     ended(folder, 7), ended(folder, 8)
-    (True, False)
+    ...     print(unfinished(folder, 7), unfinished(folder, 8))
+    False
+    True
+    False True
     """
     path = Path(folder) / "summary.json"
+    if not path.with_name("config.json").exists():
+        return False
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return (summary.get("status"), summary.get("updates")) == ("done", updates)
+    return (summary.get("status"), summary.get("updates")) != ("done", updates)
 
 
 def newest_run(root: str | Path = "runs") -> Path:

@@ -11,7 +11,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks_for"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the kernels cut their work: powers of two, but for stages and the last split."""
+    """How the kernels cut their work: powers of two, but for stages and programs."""
 
     chunk: int = 2048  # of the width, in read and write
     elements: int = 8  # of a chunk, for one lane
@@ -28,17 +28,17 @@ class Blocks:
     warps_backward: int = 4
     stages_backward: int = 3
     lanes: int = 32  # tokens of a program for the coefficients
-    few: int = 128  # tokens whose products are shared by several programs
+    few: int = 128  # tokens, up to which the kernels of few tokens run
     few_tile: int = 2048  # weights of a load, there
     few_loads: int = 4  # in flight
-    few_shares: int = 16
+    few_shares: int = 16  # programs that share a token's products, at most
     few_warps: int = 2
     few_warps_token: int = 1  # of the program that does the rest: all would do the same
     split_mosaic: int = 4
     step_project_mosaic: int = 64
     stages_mosaic: int = 4
     step_mosaic: int = 128
-    split_backward_mosaic: int = 2  # any number: as many programs as run at once
+    programs_mosaic: int = 132  # that run at once: one a multiprocessor
     stages_backward_mosaic: int = 2
 
 
@@ -46,7 +46,7 @@ class Blocks:
 # of width 768, N = 4, bfloat16.
 BLOCKS = {
     "NVIDIA H200": (
-        (1024, Blocks(split=1, split_mosaic=1, stages_mosaic=3, split_backward_mosaic=5)),
+        (1024, Blocks(split=1, split_mosaic=1, stages_mosaic=3)),
         (3072, Blocks()),
         (1 << 30, Blocks(split_mosaic=2, step_project_mosaic=128, stages_mosaic=3)),
     )

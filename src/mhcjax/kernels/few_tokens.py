@@ -25,6 +25,7 @@ from mhcjax.kernels.triton import (
     added,
     array,
     in_powers,
+    largest_divisor,
     launch,
     power_of_two,
     put,
@@ -42,11 +43,6 @@ def joined(w_EC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
     return added(padded).astype(WIDE)
 
 
-def _in_flight(loads: int, blocks: Blocks) -> int:
-    """How many of so many loads are in flight at once."""
-    return next(n for n in range(blocks.few_loads, 0, -1) if loads % n == 0)
-
-
 def project(x: jax.Array, own: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """(x @ w, sum of squares of x) of x[T, E] and what `joined` returned, in shares of E:
     [T, S, C], [T, S]."""
@@ -54,7 +50,7 @@ def project(x: jax.Array, own: jax.Array, blocks: Blocks) -> tuple[jax.Array, ja
     rows = power_of_two(E, max(1, blocks.few_tile >> (C - 1).bit_length()))
     shares = power_of_two(E // rows, blocks.few_shares)
     tiles = E // rows // shares
-    several = _in_flight(tiles, blocks)
+    several = largest_divisor(tiles, blocks.few_loads)
 
     def kernel(x_ref: Any, own_ref: Any, z_ref: Any, square_ref: Any) -> None:
         s, t = pl.program_id(0), pl.program_id(1)
@@ -101,8 +97,7 @@ def mix(
         # Numbers as arrays of one lane: a token's products are apart once, then stay in registers.
         products = []
         for c, size in in_powers(C):
-            scale = jnp.sum(own_ref[pl.ds(E, 1), pl.ds(c, size)], axis=0)
-            z = jnp.sum(z_ref[t, all_shares, pl.ds(c, size)], axis=0) * scale
+            z = jnp.sum(z_ref[t, all_shares, pl.ds(c, size)], axis=0) * own_ref[E, pl.ds(c, size)]
             each = [jnp.where(jnp.arange(size) == k, z, 0) for k in range(size)]
             products += [jnp.full(1, jnp.sum(one)) for one in each]
         mean = jnp.full(1, jnp.sum(square_ref[t, all_shares]) / E)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.projection import columns_of
+from mhcjax.kernels.triton import largest_divisor
 
 __all__ = ["fits", "project", "project_backward"]
 
@@ -40,14 +41,6 @@ def _swizzled() -> tuple:
     return plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
 
 
-def _place(i: Any, j: Any) -> tuple:
-    return i, j
-
-
-def _split(tiles: int, most: int) -> int:
-    return next(s for s in range(min(most, tiles), 0, -1) if tiles % s == 0)
-
-
 def _parameters() -> Any:
     return plgpu.CompilerParams(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -59,7 +52,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     T, E = x.shape
     C = columns_of(w)
     step = min(blocks.step_project_mosaic, E & -E)
-    split = _split(E // step, blocks.split_mosaic)
+    split = largest_divisor(E // step, blocks.split_mosaic)
     share = E // split
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
 
@@ -81,7 +74,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
             body,
             grid=(1, share // step),
             in_specs=[
-                tile((TOKENS, step), _place),
+                tile((TOKENS, step), lambda i, j: (i, j)),
                 tile((step, 2 * C), lambda i, j: (j, i)),
             ],
             max_concurrent_steps=blocks.stages_mosaic,
@@ -131,22 +124,23 @@ def project_backward(
     C = columns_of(w)
     N = scalars.shape[0] - 1
     D = E // N
-    step = min(blocks.step_mosaic, D & -D)
+    step = min(blocks.step_mosaic if C == 32 else STEP, D & -D)  # registers: the sums are step * 2C
     tiles = T // ROWS
-    split = min(blocks.split_backward_mosaic, tiles)
+    # As many programs as run at once, but two for a slice of the width, to hide each other's waits.
+    split = min(max(2, blocks.programs_mosaic // (E // step)), tiles)
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
 
     def kernel(*refs: Any) -> None:
         x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
         dx_ref, dw_ref, w_smem, dw_smem, barrier, dw_acc = refs[-6:]
-        j, s = jax.lax.axis_index("slice"), jax.lax.axis_index("split")
-        n, d = jax.lax.rem(j, jnp.int32(N)), jax.lax.div(j, jnp.int32(N))
+        own, s = jax.lax.axis_index("slice"), jax.lax.axis_index("split")
+        n, d = jax.lax.rem(own, jnp.int32(N)), jax.lax.div(own, jnp.int32(N))
         here, columns = pl.ds(n * D + d * step, step), pl.ds(d * step, step)
-        # All programs walk over the tokens side by side: what they share, and the pages of the
-        # memory, are open once.
+        # The first programs of a slice have a tile more.
         more = (s < tiles % split).astype(jnp.int32) if tiles % split else 0
 
         def place(i: Any, j: Any) -> tuple:
+            # All programs walk over the tokens side by side: what they share is fetched once.
             return i * split + s, j
 
         plgpu.copy_gmem_to_smem(w_ref.at[here, pl.ds(0, 2 * C)], w_smem, barrier)

@@ -25,6 +25,7 @@ from mhcjax.kernels.triton import (
     array,
     in_powers,
     index,
+    largest_divisor,
     launch,
     power_of_two,
 )
@@ -72,7 +73,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     C = columns_of(w)
     parts = [0] if w.shape[1] == C else [3 * C, 2 * C]  # small ones first
     rows, step = blocks.rows, power_of_two(E, blocks.step)
-    split = next(s for s in range(min(blocks.split, E // step), 0, -1) if E // step % s == 0)
+    split = largest_divisor(E // step, blocks.split)
 
     def kernel(x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any) -> None:
         s, t = pl.program_id(0), pl.program_id(1) * rows
@@ -104,7 +105,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
 
 
 # Few loads and stores of many numbers each: Triton's compiler looks at the whole kernel for every
-# one, and one for each number would make it work ten minutes on the backward pass of 8 streams.
+# one, and one for each number would take it minutes in the backward pass of 8 streams.
 
 
 def _columns(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.Array]:
@@ -132,14 +133,14 @@ def _apart(tile: jax.Array, axis: int) -> list[jax.Array]:
 def _put_columns(ref: Any, here: Any, columns: list, inside: jax.Array) -> None:
     """Columns [lanes] to ref[here], of ref[T, columns]."""
     for c, size in in_powers(len(columns)):
-        tile = _together(columns[c : c + size], inside)
+        tile = _together(columns[c : c + size], inside).astype(ref.dtype)
         plt.store(ref.at[here, pl.ds(c, size)], tile, mask=inside[:, None])
 
 
 def _put_rows(ref: Any, start: int, here: Any, rows: list, inside: jax.Array) -> None:
     """Rows [lanes] to ref[start:, here], of ref[rows, T]."""
     for c, size in in_powers(len(rows)):
-        tile = _together(rows[c : c + size], inside).T
+        tile = _together(rows[c : c + size], inside).astype(ref.dtype).T
         plt.store(ref.at[pl.ds(start + c, size), here], tile, mask=inside[None])
 
 
@@ -151,7 +152,7 @@ def _full(bias_ref: Any, lanes: int) -> list[jax.Array]:
 def _together(columns: list, like: jax.Array) -> jax.Array:
     """[lanes, columns], joined in pairs: what Triton can."""
     if len(columns) == 1:
-        return jnp.broadcast_to(jnp.asarray(columns[0]), like.shape)[:, None]
+        return jnp.broadcast_to(columns[0], like.shape)[:, None]
     pair = [_together(columns[k::2], like)[..., None] for k in (0, 1)]
     return jnp.concatenate(pair, axis=-1).reshape(-1, len(columns))
 
@@ -175,13 +176,15 @@ def coefficients(
         t = pl.program_id(0) * lanes
         inside = t + jnp.arange(lanes) < T
         # A token past the end is one of ones, so that nothing divides by zero.
-        load = partial(plt.load, mask=inside, other=1.0)
         here = pl.ds(t, lanes)
         tiles = [
             plt.load(z_ref.at[index(s), here, :], mask=inside[:, None], other=1.0) for s in range(S)
         ]
         total = _apart(added(tiles), 1)[:C]
-        mean = added([load(square_ref.at[index(s), here]) for s in range(S)]) / inputs
+        squares = [
+            plt.load(square_ref.at[index(s), here], mask=inside, other=1.0) for s in range(S)
+        ]
+        mean = added(squares) / inputs
         _put_rows(refs[0], 0, here, total, inside)
         plt.store(refs[1].at[here], mean, mask=inside)
         for ref, columns in zip(refs[2:], run(total, [mean], _full(bias_ref, lanes)), strict=True):

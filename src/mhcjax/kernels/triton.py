@@ -52,6 +52,11 @@ def power_of_two(width: int, most: int) -> int:
     return min(most, width & -width)
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """Of the number, at most `most`."""
+    return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
+
+
 def in_powers(count: int) -> list[tuple[int, int]]:
     """(start, size) of so many columns in powers of two, as Triton wants them; a mask would make
     loads wait for each other."""
@@ -148,14 +153,10 @@ def _weighted(weights: list, vectors: list) -> jax.Array:
 
 
 def put(ref: Any, t: Any, numbers: list) -> None:
-    """Numbers to a token's row: at once where their count allows it."""
-    count = len(numbers)
-    if count & (count - 1):
-        for k, number in enumerate(numbers):
-            ref[t, k] = number
-    else:
-        at = jnp.arange(count)
-        ref[t, pl.ds(0, count)] = added([jnp.where(at == k, v, 0) for k, v in enumerate(numbers)])
+    """Numbers to a token's row, many at once."""
+    for start, size in in_powers(len(numbers)):
+        at, own = jnp.arange(size), enumerate(numbers[start : start + size])
+        ref[t, pl.ds(start, size)] = added([jnp.where(at == k, v, 0).astype(WIDE) for k, v in own])
 
 
 def _lane_sums(v: jax.Array, per_lane: int) -> jax.Array:
