@@ -203,6 +203,7 @@ def measure(
         "step_ms": 1e3 * median,
         "spread": (max(seconds) - min(seconds)) / median,
         "windows_ms": [1e3 * s for s in seconds],
+        "settle_s": settle,
         "first_ms": first and 1e3 * first,
         "compile_s": compiled,
         "peak_gb": peak_bytes / 1e9 if peak_bytes else None,

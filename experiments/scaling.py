@@ -227,9 +227,9 @@ def scaled() -> Iterator[tuple[dict[str, Any], Config]]:
 def _measured() -> str:
     """What one GPU showed, beside what the plan says of it."""
     lines = [
-        "| shape | connection | variant | optimizer | step ms | predicted | off | peak GB "
-        "| beside the state | predicted | off |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | connection | variant | optimizer | settled s | step ms | predicted | off "
+        "| peak GB | beside the state | predicted | off |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, config in recorded():
         took, held = 1e3 * plan.seconds(config, DEVICE).total, costs.memory(config)
@@ -237,7 +237,7 @@ def _measured() -> str:
         beside, stated = row["peak_gb"] - state, held.peak / 1e9 - state
         lines.append(
             f"| {row['shape']} | {row['connection']} | {row.get('variant') or ''} "
-            f"| {row['optimizer']} | {row['step_ms']:.1f} | {took:.1f} "
+            f"| {row['optimizer']} | {row.get('settle_s') or 0:g} | {row['step_ms']:.1f} | {took:.1f} "
             f"| {took / row['step_ms'] - 1:+.1%} | {row['peak_gb']:.1f} | {beside:.1f} "
             f"| {stated:.1f} | {stated / beside - 1:+.1%} |"
         )
@@ -372,7 +372,8 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 ## Predicted beside measured
 
 One {device}, {recorded};
-"beside the state", in GB: the peak without parameters and optimizer.
+"beside the state", in GB: the peak without parameters and optimizer; "settled s": seconds of steps before the
+timed ones. The rows are of several machines, which differ by up to 5 %.
 
 {measured}
 

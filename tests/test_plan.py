@@ -413,6 +413,7 @@ def test_streams_by_hand():
     assert math.isclose(streams("deepseek_v4"), kernels)
     # Measured, from idle (model_cool_h200.json): 8.7 + 8.4 + 5.2 + 2.9 + 2.9 + 2.7 and 0.24 + 0.77;
     # settled (model_kernels_h200.json): 10.2 + 8.7 + 5.2 + 2.9 + 2.9 + 2.8 and 0.27 + 0.89 ms.
+    # The plan's constants lie between.
     assert math.isclose(50 * by_kernels, 31.0e-3, rel_tol=0.02)
     assert math.isclose(forward + backward, 1.06e-3, rel_tol=0.02)
     # The next read is part of the write: an ideal kernel's passes.
