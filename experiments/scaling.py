@@ -237,9 +237,9 @@ def _measured() -> str:
         beside, stated = row["peak_gb"] - state, held.peak / 1e9 - state
         lines.append(
             f"| {row['shape']} | {row['connection']} | {row.get('variant') or ''} "
-            f"| {row['optimizer']} | {row.get('settle_s') or 0:g} | {row['step_ms']:.1f} | {took:.1f} "
-            f"| {took / row['step_ms'] - 1:+.1%} | {row['peak_gb']:.1f} | {beside:.1f} "
-            f"| {stated:.1f} | {stated / beside - 1:+.1%} |"
+            f"| {row['optimizer']} | {row.get('settle_s') or 0:g} | {row['step_ms']:.1f} "
+            f"| {took:.1f} | {took / row['step_ms'] - 1:+.1%} | {row['peak_gb']:.1f} "
+            f"| {beside:.1f} | {stated:.1f} | {stated / beside - 1:+.1%} |"
         )
     return "\n".join(lines)
 
@@ -372,8 +372,8 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
 ## Predicted beside measured
 
 One {device}, {recorded};
-"beside the state", in GB: the peak without parameters and optimizer; "settled s": seconds of steps before the
-timed ones. The rows are of several machines, which differ by up to 5 %.
+"beside the state", in GB: the peak without parameters and optimizer; "settled s": seconds of steps
+before the timed ones. The rows are of several machines, which differ by a few per cent.
 
 {measured}
 
