@@ -575,6 +575,9 @@ def main() -> int:
     one.add_argument("answer", type=Path)
     args = parser.parse_args()
     try:
+        for name, least in (("windows", 1), ("steps", 1), ("settle", 0)):
+            if not (given := getattr(args, name, least)) >= least:
+                raise ValueError(f"--{name} {given}: give at least {least}")
         if args.verb == "model":
             return model(args)
         if args.verb == "mesh":

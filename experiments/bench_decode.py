@@ -118,8 +118,6 @@ def main(args: argparse.Namespace) -> int:
     for batch in args.batches:
         if batch < 1:
             raise ValueError(f"a batch of {batch}: give at least 1")
-    if args.windows < 1:
-        raise ValueError(f"--windows {args.windows}: give at least 1")
     models = {c: bench.config_of(args.shape, c, changes).model for c in args.connections}
     specs = {c: gpt.connection_of(model) for c, model in models.items()}
     ready = []

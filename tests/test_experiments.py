@@ -902,6 +902,9 @@ def test_a_mesh_of_one_beside_none(monkeypatch, tmp_path):
         (["--set", "optim.name"], "--set optim.name: write FIELD=VALUE"),
         (["--variants", "", "model.remt=true"], "unknown field 'model.remt': did you mean model"),
         (["--jobs", "0"], "--jobs 0: 1 devices are here; give 1 to 1"),
+        (["--windows", "0"], "--windows 0: give at least 1"),
+        (["--steps", "0"], "--steps 0: give at least 1"),
+        (["--settle", "nan"], "--settle nan: give at least 0"),
     ],
 )
 def test_bad_arguments_of_the_bench(monkeypatch, capsys, arguments, message):
