@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 import mhcjax as mhc
 from mhcjax import config, connections, gpt, sample
-from mhcjax.kernels import blocks, few_tokens, pallas, triton
+from mhcjax.kernels import blocks, dynamic, few_tokens, shards, triton
 from tests import jaxprs, layers, oracle_layer
 from tests.test_kernel_programs import H200, TRITON, as_on_a_gpu, gradient
 from tests.test_kernels import on_the_device, patched, poisoned
@@ -78,7 +78,7 @@ def test_values_of_other_presets_and_leading_axes(name, N, D, lead, dtype, on_th
 def test_values_of_loads_in_several_steps(patched):
     """One share of four tiles, two at a time."""
     whole = blocks.blocks_for
-    patched.setattr(pallas, "blocks_for", lambda x: replace(whole(x), few_shares=1, few_loads=2))
+    patched.setattr(dynamic, "blocks_for", lambda x: replace(whole(x), few_shares=1, few_loads=2))
     small()
 
 
@@ -94,7 +94,7 @@ def test_many_tokens_have_the_same_values(dtype, patched):
     """Up to the order of sums, and to the 2^-17 that a weight of bfloat16 streams is off there."""
     spec, params, x, *_ = layers.draw("deepseek_v4", 4, 64, (7,), dtype)
     few = layers.compiled(partial(mixed, spec))(params, x)
-    patched.setattr(pallas, "_few", lambda x: False)
+    patched.setattr(shards, "few", lambda x: False)
     jax.clear_caches()
     many = layers.compiled(partial(mixed, spec))(params, x)
     limit = layers.LIMITS["float32"] if dtype == "float32" else layers.FINE
@@ -216,7 +216,7 @@ def test_the_gradient_of_few_tokens_is_that_of_many(name, patched):
     spec, *arguments = layers.draw(name, 2, 64, (5,), "float32")
     few = launched(gradient(spec), *arguments)
     first = layers.compiled(gradient(spec))(*arguments)
-    patched.setattr(pallas, "_few", lambda x: False)
+    patched.setattr(shards, "few", lambda x: False)
     jax.clear_caches()
     assert launched(gradient(spec), *arguments) == few and not {*FEW} & {*few}
     second = layers.compiled(gradient(spec))(*arguments)

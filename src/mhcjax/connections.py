@@ -100,7 +100,7 @@ def mix(
         return Mix(ones, ones, jnp.eye(spec.streams, dtype=ones.dtype))
     how = _implementation(implementation, spec, ready, x)
     if how == "pallas" and isinstance(spec.coefficients, Dynamic):
-        return Mix(*kernels.mix(*_on_kernels(spec, ready, x))[1:])
+        return Mix(*kernels.mix(*_on_kernels(spec, ready, x))[2])
     own = cast(Dynamic | Static, spec.coefficients)
     logits = coefficients.logits(own, spec.sizes, ready, x)
     return Mix(*_maps(spec, logits, how))
@@ -158,7 +158,7 @@ class _OfProducts:
 
 
 def _on_kernels(spec: Connection, ready: Params, x: jax.Array) -> tuple[Any, ...]:
-    """The arguments of `kernels.mix` and `kernels.mix_and_read`."""
+    """The arguments of `kernels.mix`."""
     c = cast(Dynamic, spec.coefficients)
     linear = coefficients.linear(c, spec.sizes, spec.streams, ready)
     return _OfProducts(spec, spec.streams * x.shape[-1]), x, *linear
@@ -230,11 +230,7 @@ def write(
     """
     check_choice("rule", rule, RULES)
     how = _mixed_by(implementation, x, mix)
-    if y.shape != (*x.shape[:-2], x.shape[-1]):
-        raise ValueError(
-            f"the sublayer returned shape {y.shape} for streams {x.shape}: "
-            f"it must be {(*x.shape[:-2], x.shape[-1])}"
-        )
+    _checked(y, x)
     if how != "reference":
         return kernels.write(x, y, mix.res, _folded(mix, rule), how)
     wide, y_wide = x.astype(mix.res.dtype), y.astype(mix.res.dtype)
@@ -243,6 +239,15 @@ def write(
     if rule == "mix_first":
         out = out + mix.post[..., None] * y_wide[..., None, :]
     return out.astype(x.dtype)
+
+
+def _checked(y: jax.Array, x: jax.Array) -> jax.Array:
+    if y.shape != (*x.shape[:-2], x.shape[-1]):
+        raise ValueError(
+            f"the sublayer returned shape {y.shape} for streams {x.shape}: "
+            f"it must be {(*x.shape[:-2], x.shape[-1])}"
+        )
+    return y
 
 
 def _folded(mix: Mix, rule: Rule) -> jax.Array:
@@ -310,23 +315,34 @@ def mix_and_read(
     >>> u.shape
     (8,)
     """
-    return _passed(spec, params, x, implementation=implementation)[1:]
+    return _mixed_and_read(spec, params, x, implementation, passes=False)[1:]
 
 
-def _passed(
-    spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
-) -> tuple[jax.Array, Mix, jax.Array]:
-    """(x, mix, u). A kernel adds to the cotangent of the x that it passes on, in one buffer."""
+def _mixed_and_read(
+    spec: Connection, params: Params, x: jax.Array, implementation: str | None, *, passes: bool
+) -> tuple[Any, Mix, jax.Array]:
+    """(what `_write_passed` writes to, mix, u)."""
     ready = _ready(spec, params, x)
     if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
         if isinstance(spec.coefficients, Dynamic):
-            x, u, *own = kernels.mix_and_read(*_on_kernels(spec, ready, x))
-            return x, _named(Mix(*own)), u
+            own = _on_kernels(spec, ready, x)
+            passed, u, found = kernels.mix(*own, reads=True, passes=passes)
+            return passed, Mix(*found), cast(jax.Array, u)
         m = _named(mix(spec, params, x, implementation=implementation))
+        # To the cotangent of this x, the write's, the read's is added, in one buffer.
         x, u = kernels.read_on(x, m.pre)
         return x, m, u
     m = _named(mix(spec, params, x, implementation=implementation))
     return x, m, read(x, m, implementation=implementation)
+
+
+def _write_passed(
+    x: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
+) -> jax.Array:
+    """`write`, with the mix that came with x."""
+    if isinstance(x, kernels.Passed):
+        return kernels.write_passed(x, _checked(y, x.x), _folded(mix, rule))
+    return write(x, y, mix, rule=rule, implementation=implementation)
 
 
 def _named(mix: Mix) -> Mix:
@@ -355,10 +371,10 @@ def connect(
     """
     if spec.carried:
         raise ValueError("this connection carries pre between sublayers: use connect_carried")
-    x, m, u = _passed(spec, params, x, implementation=implementation)
+    passed, m, u = _mixed_and_read(spec, params, x, implementation, passes=True)
     out = f(u)
     y, aux = out if has_aux else (out, None)
-    x = write(x, y, m, rule=spec.rule, implementation=implementation)
+    x = _write_passed(passed, y, m, rule=spec.rule, implementation=implementation)
     return (x, aux) if has_aux else x
 
 
@@ -421,29 +437,32 @@ def connect_single_pass(
     """
     if not spec.carried:
         raise ValueError("this connection reads with its own pre: use connect")
-    x, m = _passed_mix(spec, params, x, implementation=implementation)
+    passed, m = _passed_mix(spec, params, x, implementation=implementation)
     out = f(x[..., 0, :] if u is None else u)
     y, aux = out if has_aux else (out, None)
-    x, u = _write_and_read(x, y, m, rule=spec.rule, implementation=implementation)
+    x, u = _write_and_read(passed, y, m, rule=spec.rule, implementation=implementation)
     return (x, u, aux) if has_aux else (x, u)
 
 
 def _passed_mix(
     spec: Connection, params: Params, x: jax.Array, *, implementation: str | None
-) -> tuple[jax.Array, Mix]:
-    """(x, mix), as `_passed`."""
+) -> tuple[Any, Mix]:
+    """(what `_write_and_read` writes to, mix)."""
     ready = _ready(spec, params, x)
     dynamic = ready is not None and isinstance(spec.coefficients, Dynamic)
     if dynamic and _implementation(implementation, spec, ready, x) == "pallas":
-        x, *m = kernels.mix(*_on_kernels(spec, cast(Params, ready), x))
-        return x, _named(Mix(*m))
+        own = _on_kernels(spec, cast(Params, ready), x)
+        passed, _, m = kernels.mix(*own, passes=True)
+        return passed, Mix(*m)
     return x, _named(mix(spec, params, x, implementation=implementation))
 
 
 def _write_and_read(
-    x: jax.Array, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
+    x: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """`write`, and `read` of what it wrote with the pre of the same mix."""
+    """`write`, and `read` of what it wrote with the pre of the same mix, which came with x."""
+    if isinstance(x, kernels.Passed):
+        return kernels.write_passed(x, _checked(y, x.x), _folded(mix, rule))
     if _mixed_by(implementation, x, mix) == "pallas":
         return kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
     x = write(x, y, mix, rule=rule, implementation=implementation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,8 @@ def collapse(
         if kernels.choose(implementation, reason, preferred=True) == "pallas":
             f = _HeadOfProducts(how, x.shape[-2] * x.shape[-1])
             scale = jnp.broadcast_to(own["scale"], own["bias"].shape)
-            return kernels.mix_and_read(f, x, own["projection"], scale, own["bias"])[1]
+            _, u, _ = kernels.mix(f, x, own["projection"], scale, own["bias"], reads=True)
+            return cast(jax.Array, u)
         flat = x.astype(wide).reshape(*x.shape[:-2], -1)
         z = project(Norm(eps=how.norm_eps, after=True), flat, own, how.precision)
         return kernels.read(x, _weights_of(own["scale"] * z + own["bias"], how))

@@ -7,20 +7,22 @@ import warnings
 import jax
 
 from mhcjax.kernels import pallas, xla
-from mhcjax.kernels.pallas import MIX, mix, mix_and_read, unfit, unfit_token, write_and_read
+from mhcjax.kernels.dynamic import MIX, mix, unfit_token
+from mhcjax.kernels.pallas import Passed, unfit, write_and_read, write_passed
 from mhcjax.kernels.pallas import read as read_on
 
 __all__ = [
     "MIX",
+    "Passed",
     "choose",
     "mix",
-    "mix_and_read",
     "read",
     "read_on",
     "unfit",
     "unfit_token",
     "write",
     "write_and_read",
+    "write_passed",
 ]
 
 

@@ -20,7 +20,7 @@ from mhcjax.kernels.blocks import Blocks
 from mhcjax.kernels.projection import columns_of
 from mhcjax.kernels.triton import largest_divisor
 
-__all__ = ["fits", "project", "project_backward"]
+__all__ = ["fits", "fits_backward", "project", "project_backward"]
 
 WIDE = jnp.float32
 TOKENS = 128  # of a tile of the projection: its weight comes half as often
@@ -36,9 +36,14 @@ def fits(x: jax.Array, columns: int) -> bool:
     return whole and columns in (32, 64) and any(name in kind for name in HOPPER)
 
 
-def _swizzled() -> tuple:
-    """How a tile of bfloat16s lies in shared memory, for the tensor cores."""
-    return plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
+def fits_backward(x: jax.Array, columns: int) -> bool:
+    """The same for `project_backward` of x[T, N, D], whose programs hold all streams."""
+    return x.shape[1] <= 4 and columns == 32 and fits(x, columns)
+
+
+def _swizzled(columns: int = STEP) -> tuple:
+    """How tiles of so many columns of bfloat16s lie in shared memory, for the tensor cores."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
 
 
 def _parameters() -> Any:
@@ -116,26 +121,25 @@ def project_backward(
     dz: jax.Array,
     scalars: jax.Array,
     du: jax.Array | None,
-    dx: jax.Array,
+    dout: jax.Array | None,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """`projection.project_backward`; dx goes to a new buffer."""
-    T, E = x.shape
+    """`projection.project_backward`."""
+    T, N, D = x.shape
     C = columns_of(w)
-    N = scalars.shape[0] - 1
-    D = E // N
-    step = min(blocks.step_mosaic if C == 32 else STEP, D & -D)  # registers: the sums are step * 2C
     tiles = T // ROWS
     # As many programs as run at once, but two for a slice of the width, to hide each other's waits.
-    split = min(max(2, blocks.programs_mosaic // (E // step)), tiles)
-    tile = partial(plgpu.BlockSpec, transforms=_swizzled())
+    split = min(max(2, blocks.programs_mosaic // (D // STEP)), tiles)
+    half = STEP // 2  # of a tile's columns, for one of the two warpgroups
+    tile = partial(plgpu.BlockSpec, transforms=_swizzled(half))
 
-    def kernel(*refs: Any) -> None:
-        x_ref, w_ref, dz_ref, scalars_ref, before_ref = refs[:5]
-        dx_ref, dw_ref, w_smem, dw_smem, barrier, dw_acc = refs[-6:]
-        own, s = jax.lax.axis_index("slice"), jax.lax.axis_index("split")
-        n, d = jax.lax.rem(own, jnp.int32(N)), jax.lax.div(own, jnp.int32(N))
-        here, columns = pl.ds(n * D + d * step, step), pl.ds(d * step, step)
+    def kernel(x_ref: Any, w_ref: Any, dz_ref: Any, scalars_ref: Any, *refs: Any) -> None:
+        *given, dx_ref, dw_ref, w_smem, out_smem, barriers = refs
+        d, s, own = (jax.lax.axis_index(a) for a in ("slice", "split", "warpgroup"))
+        columns = pl.ds(own * half, half)
+        here = [pl.ds(n * D + d * STEP, STEP) for n in range(N)]
+        mine = [pl.ds(n * D + d * STEP + own * half, half) for n in range(N)]
+        w_rows = [pl.ds(n * STEP + own * half, half) for n in range(N)]
         # The first programs of a slice have a tile more.
         more = (s < tiles % split).astype(jnp.int32) if tiles % split else 0
 
@@ -143,67 +147,100 @@ def project_backward(
             # All programs walk over the tokens side by side: what they share is fetched once.
             return i * split + s, j
 
-        plgpu.copy_gmem_to_smem(w_ref.at[here, pl.ds(0, 2 * C)], w_smem, barrier)
-        plgpu.barrier_wait(barrier)
+        def work(pipeline: Any) -> None:
+            for n in range(N):
+                part = w_ref.at[mine[n], pl.ds(0, 2 * C)]
+                plgpu.copy_gmem_to_smem(part, w_smem.at[w_rows[n]], barriers.at[own])
+                plgpu.barrier_wait(barriers.at[own])
 
-        def body(_: Any, *smem: Any) -> None:
-            x_s, before_s, scale_s, dz_s, *read = smem[:-1]
+            def summed(*sums: Any) -> None:
+                dw_accs.extend(sums)
+                pipeline(jnp.int32(0))
+                for n, dw in enumerate(sums):
+                    dw_ref[s, :, mine[n]] = dw[...]
 
-            def products(acc: Any) -> jax.Array:
-                # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
-                plgpu.wgmma(acc, dz_s.transpose((1, 0)), w_smem.transpose((1, 0)))
-                plgpu.wgmma(dw_acc, x_s.transpose((1, 0)), dz_s.transpose((1, 0)))
-                return acc[...]
+            pl.run_scoped(summed, *[plgpu.ACC((2 * C, half), WIDE)] * N)
+            plgpu.wait_smem_to_gmem(0)
+
+        dw_accs: list = []
+
+        def body(at: Any, *smem: Any) -> Any:
+            *smem, carry = smem
+            (x_s, dz_s, scalars_s), rest = (smem[:N], *smem[N : N + 2]), smem[N + 2 :]
 
             def load(ref: Any) -> jax.Array:
-                return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(WIDE)
+                return plgpu.layout_cast(ref[:, columns], plgpu.Layout.WGMMA).astype(WIDE)
 
-            def along(ref: Any) -> jax.Array:
-                column = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
-                return jax.lax.broadcast_in_dim(column, (ROWS, step), [0])
+            def times(row: int, loaded: jax.Array) -> jax.Array:
+                column = plgpu.layout_cast(scalars_s[row], plgpu.Layout.WGMMA.reduce(1))
+                return jax.lax.broadcast_in_dim(column, (ROWS, half), [0]) * loaded
 
-            out = pl.run_scoped(products, plgpu.ACC((ROWS, step), WIDE))
-            out = out + load(before_s) + along(scale_s) * load(x_s)
-            if read:
-                out = out + along(read[0]) * load(read[1])
-            smem[-1][...] = out.astype(x.dtype)
-            plgpu.wgmma_wait(0)
+            dout = [load(ref) for ref in rest[: len(rest) // N * N]]
+            du = [load(ref) for ref in rest[len(rest) // N * N :]]
+            for n in range(N):
 
-        square, row = tile((ROWS, step), place), plgpu.BlockSpec((ROWS,), lambda *i: place(*i)[:1])
-        inputs = [
-            (x_ref.at[:, here], square),
-            (before_ref.at[:, here], square),
-            (scalars_ref.at[0], row),
-            (dz_ref, tile((2 * C, ROWS), lambda *i: place(*i)[::-1])),
-        ]
+                def products(acc: Any, n: int = n) -> jax.Array:
+                    # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
+                    w_T = w_smem.at[w_rows[n]].transpose((1, 0))
+                    plgpu.wgmma(acc, dz_s.transpose((1, 0)), w_T)
+                    plgpu.wgmma(dw_accs[n], dz_s, x_s[n].at[:, columns])
+                    return acc[...]
+
+                out = times(0, load(x_s[n]))
+                for loaded in du:
+                    out = out + times(1 + n, loaded)
+                for m, loaded in enumerate(dout):
+                    out = out + times(1 + N + m * N + n, loaded)
+                out = out + pl.run_scoped(products, plgpu.ACC((ROWS, half), WIDE))
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                out_s = out_smem.at[own, n % 2]
+                out_s[...] = out.astype(x.dtype)
+                plgpu.commit_smem()
+                rows = pl.ds(place(*at)[0] * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(out_s, dx_ref.at[rows, mine[n]])
+            return carry
+
+        square = tile((ROWS, STEP), place)
+        inputs = [(x_ref.at[:, e], square) for e in here]
+        turned = plgpu.BlockSpec(
+            (2 * C, ROWS), lambda *i: place(*i)[::-1], transforms=_swizzled(half)
+        )
+        inputs += [(dz_ref, turned)]
+        count = scalars.shape[0]
+        inputs += [(scalars_ref, plgpu.BlockSpec((count, ROWS), lambda *i: place(*i)[::-1]))]
+        if dout is not None:
+            inputs += [(given[0].at[:, e], square) for e in here]
         if du is not None:
-            inputs += [(scalars_ref.at[1 + n], row), (refs[5].at[:, columns], square)]
-        plgpu.emit_pipeline(
+            inputs += [(given[-1].at[:, pl.ds(d * STEP, STEP)], square)]
+        plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(tiles // split + more, 1),
             in_specs=[spec for _, spec in inputs],
-            out_specs=[square],
             max_concurrent_steps=blocks.stages_backward_mosaic,
-        )(*(ref for ref, _ in inputs), dx_ref.at[:, here])
-        dw = dw_acc[...]
-        dw_smem[...] = dw[:, C:] + dw[:, :C]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dw_smem, dw_ref.at[s, here, :])
-        plgpu.wait_smem_to_gmem(0)
+            memory_registers=40,
+            wg_axis="warpgroup",
+            num_compute_wgs=2,
+            compute_context=work,
+        )(*(ref for ref, _ in inputs))
 
+    flat = [a.reshape(T, -1) for a in (dout, du) if a is not None]
     call = plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((T, E), x.dtype), jax.ShapeDtypeStruct((split, E, C), WIDE)),
-        # JAX takes accumulators here; its type of scratch does not name them.
+        out_type=(
+            jax.ShapeDtypeStruct((T, N * D), x.dtype),
+            jax.ShapeDtypeStruct((split, 2 * C, N * D), WIDE),
+        ),
         scratch_types=[
-            plgpu.SMEM((step, 2 * C), x.dtype, transforms=_swizzled()),
-            plgpu.SMEM((step, C), WIDE),
-            plgpu.Barrier(),
-            plgpu.ACC((step, 2 * C), WIDE),  # type: ignore[list-item]
+            plgpu.SMEM((N * STEP, 2 * C), x.dtype, transforms=_swizzled(half)),
+            plgpu.SMEM((2, 2, ROWS, half), x.dtype, transforms=_swizzled(half)),
+            plgpu.Barrier(num_barriers=2),
         ],
-        grid=(split, E // step),
+        grid=(split, D // STEP),
         grid_names=("split", "slice"),
+        num_threads=3,
+        thread_name="warpgroup",
         kernel_name="mhc_project_backward",
         compiler_params=_parameters(),
     )
-    return call(x, w, dz, scalars, dx, *(() if du is None else (du,)))
+    dx, dw = call(x.reshape(T, -1), w, dz, scalars, *flat)
+    return dx.reshape(x.shape), jnp.swapaxes(dw[:, :C] + dw[:, C:], 1, 2)

@@ -8,7 +8,6 @@ C coefficient column, padded, S split of a sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -199,6 +198,7 @@ def coefficients(
 
 def coefficients_backward(
     f: Callable,
+    rows: Callable,
     z_CT: jax.Array,
     mean_T: jax.Array,
     bias: jax.Array,
@@ -208,16 +208,17 @@ def coefficients_backward(
     inputs: int,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dz, rows[1 + N, T], dbias summed by program[C, programs]).
+    """(dz, scalars[rows, T], dbias summed by program[C, programs]).
 
     dz is [columns, T] in float32, or its [high | low] parts in bfloat16: tokens last, as on the
-    lanes. The rows are what x is multiplied by, and pre. `cotangents` holds, for each output of f,
-    the arrays [T, size] that add up to its cotangent."""
+    lanes. The scalars are what x is multiplied by, then `rows(outputs of f)`, numbers too.
+    `cotangents` holds, for each output of f, the arrays [T, size] that add up to its cotangent."""
     C, T = z_CT.shape
     lanes = blocks.lanes
     programs = pl.cdiv(T, lanes)
     run = on_lanes(f, [(C,), (), (C,)], special=SPECIAL)
     counts = [len(group) for group in cotangents]
+    found = rows([[0.0] * group[0].shape[1] for group in cotangents])
 
     def kernel(z_ref: Any, mean_ref: Any, bias_ref: Any, *refs: Any) -> None:
         t = pl.program_id(0) * lanes
@@ -234,17 +235,17 @@ def coefficients_backward(
             own = [_columns(next(given), here, inside, 0.0) for _ in range(count)]
             groups.append([added(list(k)) for k in zip(*own, strict=True)])
         dz, (dmean,), dbias = pull(groups)
-        dz_ref, rows_ref, dbias_ref = refs[-3:]
+        dz_ref, scalars_ref, dbias_ref = refs[-3:]
         padded = [*dz, *[jnp.zeros(lanes, WIDE)] * (columns - C)]
         for p, part in enumerate(zip(*(_two(column, dtype) for column in padded), strict=True)):
             _put_rows(dz_ref, p * columns, here, list(part), inside)
-        _put_rows(rows_ref, 0, here, [dmean * (2 / inputs), *outs[0]], inside)
+        _put_rows(scalars_ref, 0, here, [dmean * (2 / inputs), *rows(outs)], inside)
         for c in range(C):
             dbias_ref[c, pl.program_id(0)] = jnp.sum(dbias[c])
 
     outputs = (
         array(dtype, columns * (1 if dtype == WIDE else 2), T),
-        array(WIDE, 1 + cotangents[0][0].shape[1], T),
+        array(WIDE, 1 + len(found), T),
         array(WIDE, C, programs),
     )
     call = launch(
@@ -260,49 +261,55 @@ def project_backward(
     dz: jax.Array,
     scalars: jax.Array,
     du: jax.Array | None,
-    dx: jax.Array,
+    dout: jax.Array | None,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx[T, E], dw summed by split[S, E, C]): `dx + pre du + scale x + dz w^T`, and `x^T dz`, of
-    `scalars[1 + N, T]`, scale and pre. Without du the read is left out. dx is added to in place."""
-    T, E = x.shape
+    """(dx[T, N, D], dw summed by split[S, E, C]): `scale x + dz w^T`, with du also `pre[n] du`,
+    with the cotangent dout of what was written also `sum_m res[m, n] dout[m]`; and `x^T dz`.
+
+    scale[T], pre[T, N] and res[T, M * N] are the rows of `scalars`, as far as they are wanted."""
+    T, N, D = x.shape
     C = columns_of(w)
-    D = E // (scalars.shape[0] - 1)
-    N = E // D
     rows, step = blocks.rows_backward, power_of_two(D, blocks.step_backward)
     tiles = pl.cdiv(T, rows)
     split = min(blocks.split_backward, tiles)
     each = pl.cdiv(tiles, split)
 
     def kernel(x_ref: Any, w_ref: Any, dz_ref: Any, scalars_ref: Any, *refs: Any) -> None:
-        # Programs of one slice of the width follow each other: their du comes out of the cache.
+        # Programs of one slice of the width follow each other: what they share comes out of the
+        # cache.
         j, s = pl.program_id(0), pl.program_id(1)
         n, d = j % N, j // N * step
         here = pl.ds(n * D + d, step)
-        before_ref, dx_ref, dw_ref = refs[-3:]
+        *given, dx_ref, dw_ref = refs
         w = w_ref[here, pl.ds(0, C)]
 
         def body(i: Any, dw: jax.Array) -> jax.Array:
             # All programs walk over the tokens side by side, so that they share the cache.
             t = (i * split + s) * rows
             inside = t + jnp.arange(rows) < T
-            load = partial(plt.load, mask=inside[:, None], other=0.0)
-            along = partial(plt.load, mask=inside, other=0.0)
             here_t = pl.ds(t, rows)
-            x = load(x_ref.at[here_t, here])
+
+            def load(ref: Any, columns: Any) -> jax.Array:
+                return plt.load(ref.at[here_t, columns], mask=inside[:, None], other=0.0)
+
+            def times(row: Any, tile: jax.Array) -> jax.Array:
+                numbers = plt.load(scalars_ref.at[row, here_t], mask=inside, other=0.0)
+                return numbers[:, None] * tile.astype(WIDE)
+
+            x = load(x_ref, here)
             parts = range(0, dz_ref.shape[0], C)
             dz = [
                 plt.load(dz_ref.at[pl.ds(p, C), here_t], mask=inside[None], other=0.0)
                 for p in parts
             ]
             # Both rounded to the dtype of the streams, as dx itself will be.
-            scale = along(scalars_ref.at[index(0), here_t])
-            out = scale[:, None] * x.astype(WIDE) + _dot(dz[0], w, (0, 1))
+            out = times(index(0), x) + _dot(dz[0], w, (0, 1))
             if du is not None:
-                pre = along(scalars_ref.at[1 + n, here_t])
-                du_tile = load(refs[0].at[here_t, pl.ds(d, step)])
-                out = out + pre[:, None] * du_tile.astype(WIDE)
-            out = out + load(before_ref.at[here_t, here]).astype(WIDE)
+                out = out + times(1 + n, load(given[-1], pl.ds(d, step)))
+            if dout is not None:
+                for m in range(N):
+                    out = out + times(1 + N + m * N + n, load(given[0], pl.ds(m * D + d, step)))
             plt.store(dx_ref.at[here_t, here], out.astype(dx_ref.dtype), mask=inside[:, None])
             for part in dz:
                 dw = dw + _dot(x, part, (0, 1))
@@ -310,14 +317,14 @@ def project_backward(
 
         dw_ref[s, here, :] = jax.lax.fori_loop(0, each, body, jnp.zeros((step, C), WIDE))
 
-    inputs = [x, w, dz, scalars, *([] if du is None else [du]), dx]
     call = launch(
         kernel,
-        (E // step, split),
-        (array(x.dtype, T, E), array(WIDE, split, E, C)),
+        (N * D // step, split),
+        (array(x.dtype, T, N * D), array(WIDE, split, N * D, C)),
         warps=blocks.warps_backward,
         stages=blocks.stages_backward,
         name="mhc_project_backward",
-        aliases={len(inputs) - 1: 0},
     )
-    return call(*inputs)
+    given = [a.reshape(T, -1) for a in (dout, du) if a is not None]
+    dx, dw = call(x.reshape(T, -1), w, dz, scalars, *given)
+    return dx.reshape(x.shape), dw

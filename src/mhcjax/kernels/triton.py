@@ -299,9 +299,11 @@ def write_backward(
     dout: jax.Array,
     read: Sequence[jax.Array],
     blocks: Blocks,
+    *,
+    streams: bool,
 ) -> tuple[jax.Array, ...]:
-    """(dx, dy, dres[T, M*N], dpost[T, M]), and dpre[T, M] where there is a next read: its pre and
-    du are `read`, which is empty where there is none."""
+    """(dy, dres[T, M*N], dpost[T, M]), and dpre[T, M] where there is a next read: its pre and du
+    are `read`, which is empty where there is none. With `streams` dx before them."""
     T, N, D = x.shape
     M = post.shape[1]
     fused = bool(read)
@@ -311,7 +313,8 @@ def write_backward(
 
     def kernel(*refs: Any) -> None:
         x_ref, y_ref, res_ref, post_ref, dout_ref = refs[:5]
-        dx_ref, dy_ref, dres_ref, dpost_ref = refs[7:11] if fused else refs[5:9]
+        dx_ref: Any = refs[5 + len(read)] if streams else None
+        dy_ref, dres_ref, dpost_ref = refs[5 + len(read) + streams :][:3]
         t = pl.program_id(0)
         res, post = _row(res_ref, t), _row(post_ref, t)
         own = _row(refs[5], t) if fused else []
@@ -327,7 +330,7 @@ def write_backward(
             dots = [du * v for v in (*x, y)] if fused else []
             if fused:
                 dout = [g + p * du for g, p in zip(dout, own, strict=True)]
-            for n in range(N):
+            for n in range(N) if streams else ():
                 dx = _weighted([res[m * N + n] for m in range(M)], dout)
                 dx_ref[t, n, d] = dx.astype(dx_ref.dtype)
             dy_ref[t, d] = _weighted(post, dout).astype(dy_ref.dtype)
@@ -350,7 +353,7 @@ def write_backward(
             put(refs[-1], t, [_weighted(row, dots) for row in rows])
 
     outputs = [
-        array(x.dtype, T, N, D),
+        *[array(x.dtype, T, N, D)] * streams,
         array(y.dtype, T, D),
         array(WIDE, T, M * N),
         array(WIDE, T, M),
