@@ -14,7 +14,7 @@ import pytest
 
 import mhcjax as mhc
 from mhcjax import kernels
-from mhcjax.kernels import projection, triton
+from mhcjax.kernels import dynamic, projection, triton
 from tests import layers, oracle, oracle_layer, oracle_presets
 
 # Leading axes of (streams, coefficients): static, per token, fewer, broadcast either way.
@@ -221,6 +221,8 @@ LARGE = [
     ("mhc_lite", 4, 2048, (512,), "bfloat16"),
     ("mhc", 8, 512, (640,), "bfloat16"),
     ("mhc", 6, 768, (2, 1024), "bfloat16"),
+    ("mhc_lite", 3, 320, (384,), "bfloat16"),
+    ("deepseek_v4", 1, 64, (256,), "bfloat16"),
     ("mhc", 2, 2048, None, "bfloat16"),
     ("deepseek_v4", 4, 2048, None, "float32"),
     ("single_pass", 4, 2048, None, "bfloat16"),
@@ -240,6 +242,12 @@ LARGE = [
 def test_large_layers(name, N, D, lead, dtype):
     lead = drawn(name, N, D, dtype, most=8193) if lead is None else lead
     layers.check_layer(name, N, D, lead, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reads", [False, True])
+def test_large_mixes(reads):
+    layers.check_mix("mhc_lite", 4, 768, (1024,), "bfloat16", reads)
 
 
 @pytest.mark.gpu
@@ -297,6 +305,8 @@ def patched(monkeypatch, on_the_device):
 CHECKS = {
     "dynamic": lambda: layers.check_layer("kromhc", 2, 64, (5,), "float32"),
     "single pass": lambda: layers.check_layer("single_pass", 2, 64, (5,), "float32"),
+    # Of two streams, and by Kronecker factors, res is its own transpose.
+    "three streams": lambda: layers.check_layer("mhc_lite", 3, 64, (5,), "float32"),
     "static": lambda: layers.check_layer("mhc_n2", 2, 64, (5,), "float32"),
     "mix and read": lambda: layers.check_mix("kromhc", 2, 64, (5,), "float32", True),
     "mix in bfloat16": lambda: layers.check_mix("kromhc", 2, 64, (5,), "bfloat16", False),
@@ -395,6 +405,29 @@ def dx_of_the_mix_alone(project_backward):
     return wrong
 
 
+def res_as_it_is(rows):
+    """Not transposed."""
+
+    def wrong(reads, passes, coefficients):
+        *front, res = coefficients
+        N = len(front[0])
+        turned = [res[n * N + m] for m in range(N) for n in range(N)]
+        return rows(reads, passes, [*front, turned if passes else res])
+
+    return wrong
+
+
+def pre_of_what_was_read_before(rows):
+    """Where the write reads: du as if x had been read, not what res made of it."""
+
+    def wrong(reads, passes, coefficients):
+        found = rows(reads, passes, coefficients)
+        N = len(coefficients[0])
+        return [*coefficients[0], *found[N:]]
+
+    return wrong
+
+
 def half_of_the_tokens(project_backward):
     """In the gradient of the projection; dx is that of all."""
 
@@ -427,6 +460,8 @@ FAULTS = [
     (triton, "write_backward", no_cotangent_of_the_next_read, "single pass", "d x"),
     (triton, "read_backward", dx_of_the_read_alone, "static", "d x"),
     (projection, "project_backward", dx_of_the_mix_alone, "dynamic", "d x"),
+    (dynamic, "_rows", res_as_it_is, "three streams", "d x"),
+    (dynamic, "_rows", pre_of_what_was_read_before, "single pass", "d x"),
     (projection, "project_backward", half_of_the_tokens, "mix and read", "d (gain|projection)"),
     (projection, "coefficients_backward", no_gradient_of_the_mean_square, "mix and read", "d x"),
     (projection, "weights", one_bfloat16_a_weight, "mix in bfloat16", "pre"),
@@ -442,10 +477,11 @@ def test_the_checks_catch(module, function, fault, check, what, patched):
         CHECKS[check]()
 
 
+@pytest.mark.parametrize("T", [37, pytest.param(1024, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_learned_head(dtype):
+def test_the_learned_head(dtype, T):
     """The exit through the kernels against float64, where collapse takes XLA: values, gradients."""
-    T, N, D = 37, 4, 128
+    N, D = 4, 128
     rng = np.random.default_rng(0)
     drawn = {
         "x": rng.normal(size=(T, N, D)),

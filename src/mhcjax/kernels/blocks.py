@@ -15,8 +15,8 @@ class Blocks:
 
     chunk: int = 2048  # of the width, in read and write
     elements: int = 8  # of a chunk, for one lane
-    chunk_backward: int = 128
-    elements_backward: int = 4
+    chunk_backward: int = 256
+    elements_backward: int = 8
     rows: int = 128  # tokens of a tile of the projection
     step: int = 64  # of its inputs, at a time
     split: int = 4  # programs that share the sum over its inputs

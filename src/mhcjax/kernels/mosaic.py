@@ -179,19 +179,19 @@ def project_backward(
             du = [load(ref) for ref in rest[len(rest) // N * N :]]
             for n in range(N):
 
-                def products(acc: Any, n: int = n) -> jax.Array:
+                def made(acc: Any, n: int = n) -> jax.Array:
                     # [high | low] of dz with [high | high] of w: dz whole, w rounded as dx will be.
                     w_T = w_smem.at[w_rows[n]].transpose((1, 0))
                     plgpu.wgmma(acc, dz_s.transpose((1, 0)), w_T)
                     plgpu.wgmma(dw_accs[n], dz_s, x_s[n].at[:, columns])
-                    return acc[...]
+                    out = times(0, load(x_s[n]))
+                    for loaded in du:
+                        out = out + times(1 + n, loaded)
+                    for m, loaded in enumerate(dout):
+                        out = out + times(1 + N + m * N + n, loaded)
+                    return out + acc[...]
 
-                out = times(0, load(x_s[n]))
-                for loaded in du:
-                    out = out + times(1 + n, loaded)
-                for m, loaded in enumerate(dout):
-                    out = out + times(1 + N + m * N + n, loaded)
-                out = out + pl.run_scoped(products, plgpu.ACC((ROWS, half), WIDE))
+                out = pl.run_scoped(made, plgpu.ACC((ROWS, half), WIDE))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 out_s = out_smem.at[own, n % 2]
                 out_s[...] = out.astype(x.dtype)

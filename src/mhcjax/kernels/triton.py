@@ -339,11 +339,7 @@ def write_backward(
 
         count = M * N + M + (N + 1) * fused
         zeros = (jnp.zeros(chunk // per_lane, WIDE),) * count
-        if fused:  # its loads ahead would take registers that other warps need
-            sums = _over_width(D, chunk, lambda d, sums: body(d, load(d), sums), zeros)
-        else:
-            sums = _loaded_ahead(D, chunk, load, body, zeros)
-        sums = [jnp.sum(s) for s in sums]
+        sums = [jnp.sum(s) for s in _loaded_ahead(D, chunk, load, body, zeros)]
         put(dres_ref, t, sums[: M * N])
         put(dpost_ref, t, sums[M * N : M * N + M])
         if fused:
