@@ -165,8 +165,8 @@ def project_backward(
         dw_accs: list = []
 
         def body(at: Any, *smem: Any) -> Any:
-            *smem, carry = smem
-            (x_s, dz_s, scalars_s), rest = (smem[:N], *smem[N : N + 2]), smem[N + 2 :]
+            *given, carry = smem
+            (x_s, dz_s, scalars_s), rest = (given[:N], *given[N : N + 2]), given[N + 2 :]
 
             def load(ref: Any) -> jax.Array:
                 return plgpu.layout_cast(ref[:, columns], plgpu.Layout.WGMMA).astype(WIDE)
@@ -192,8 +192,10 @@ def project_backward(
                     return out + acc[...]
 
                 out = pl.run_scoped(made, plgpu.ACC((ROWS, half), WIDE))
+                # In turns: the copy of the one before may still read its half.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                out_s = out_smem.at[own, n % 2]
+                turn = jax.lax.rem(at[0] * N + n, jnp.int32(2)) if N % 2 else n % 2
+                out_s = out_smem.at[own, turn]
                 out_s[...] = out.astype(x.dtype)
                 plgpu.commit_smem()
                 rows = pl.ds(place(*at)[0] * ROWS, ROWS)
