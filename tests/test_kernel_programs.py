@@ -194,12 +194,13 @@ def as_on_hopper(as_on_a_gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "N", "D"),
-    [("mhc", 4, 2048), ("single_pass", 4, 768), slow("mhc_lite", 4, 1280), slow("kromhc", 8, 64)]
-    + [slow("mhc", 6, 768)],
+    [("mhc", 4, 2048), ("single_pass", 4, 768), ("mhc_lite", 3, 320), slow("mhc_lite", 4, 1280)]
+    + [slow("kromhc", 8, 64), slow("mhc", 6, 768)],
 )
 def test_projections_lower_through_mosaic_for_hopper(name, N, D, as_on_hopper):
+    """The backward pass up to four streams, which one program holds."""
     calls, kernels = lowered(name, N, D, 1024, "bfloat16")
-    assert set(calls) == {TRITON, MOSAIC} and calls[MOSAIC] == 2
+    assert set(calls) == {TRITON, MOSAIC} and calls[MOSAIC] == (2 if N <= 4 else 1)
     assert sum(kernels.values()) == calls[TRITON] >= 4
 
 
