@@ -131,6 +131,7 @@ def project_backward(
     # As many programs as run at once, but two for a slice of the width, to hide each other's waits.
     split = min(max(2, blocks.programs_mosaic // (D // STEP)), tiles)
     half = STEP // 2  # of a tile's columns, for one of the two warpgroups
+    written = 0 if dout is None else N  # streams of dout
     tile = partial(plgpu.BlockSpec, transforms=_swizzled(half))
 
     def kernel(x_ref: Any, w_ref: Any, dz_ref: Any, scalars_ref: Any, *refs: Any) -> None:
@@ -175,8 +176,8 @@ def project_backward(
                 column = plgpu.layout_cast(scalars_s[row], plgpu.Layout.WGMMA.reduce(1))
                 return jax.lax.broadcast_in_dim(column, (ROWS, half), [0]) * loaded
 
-            dout = [load(ref) for ref in rest[: len(rest) // N * N]]
-            du = [load(ref) for ref in rest[len(rest) // N * N :]]
+            loaded = [load(ref) for ref in rest]
+            dout, du = loaded[:written], loaded[written:]
             for n in range(N):
 
                 def made(acc: Any, n: int = n) -> jax.Array:
@@ -185,10 +186,10 @@ def project_backward(
                     plgpu.wgmma(acc, dz_s.transpose((1, 0)), w_T)
                     plgpu.wgmma(dw_accs[n], dz_s, x_s[n].at[:, columns])
                     out = times(0, load(x_s[n]))
-                    for loaded in du:
-                        out = out + times(1 + n, loaded)
-                    for m, loaded in enumerate(dout):
-                        out = out + times(1 + N + m * N + n, loaded)
+                    for vector in du:
+                        out = out + times(1 + n, vector)
+                    for m, stream in enumerate(dout):
+                        out = out + times(1 + N + m * N + n, stream)
                     return out + acc[...]
 
                 out = pl.run_scoped(made, plgpu.ACC((ROWS, half), WIDE))
