@@ -336,7 +336,7 @@ they are gathered again. `{long_shape}` at {long_length:,} tokens a row:
   streams alone saves N D a group of blocks and all that is no stream: only writes are made
   again.
 - **Time.** A static mix passes over 9 N + 5 arrays of the width a sublayer and token, forward
-  and backward, the kernels of a dynamic one over 11 N + 6, the residual over 6. These passes are
+  and backward, the kernels of a dynamic one over 10 N + 6, the residual over 6. These passes are
   bound by the memory's bandwidth, and every part of `model` makes all of them: streams are whole
   there. So mHC is dearest on meshes with a large `model`, and cheapest where communication takes
   the time anyway.

@@ -171,9 +171,9 @@ def _on_streams(z: Sizes, kind: train.Device) -> float:
     if z.fixed:
         read, write, backward = 1, 2, 3  # one addition, its sum read by the norm
     elif z.fused and spec.carried:
-        read, write = 0, 2 * N + 2  # the next read is part of the write
+        read, write, backward = 0, 2 * N + 2, 5 * N + 4  # the next read is part of the write
     elif z.fused:
-        backward += N + 1  # the cotangent of pre by a pass of its own
+        backward = 6 * N + 4  # the cotangent of pre by a pass of its own, none of the write's dx
     forward = project + read + write
     passes = sublayers * (forward + backward)
     # The last streams of a group are there, or nobody wants them; the residual's never.
