@@ -62,30 +62,34 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
 
     def kernel(
-        x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any, z_smem: Any, square_smem: Any, z: Any
+        x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any, z_smem: Any, square_smem: Any
     ) -> None:
         s, t = jax.lax.axis_index("split"), jax.lax.axis_index("tokens")
         mine, here = pl.ds(t * TOKENS, TOKENS), pl.ds(s * share, share)
 
-        def body(_: Any, x_s: Any, w_s: Any, square: jax.Array) -> jax.Array:
-            plgpu.wgmma(z, x_s, w_s)
-            x = plgpu.layout_cast(x_s[...], plgpu.Layout.WGMMA).astype(WIDE)
-            square = square + jnp.sum(x * x, axis=1)
-            plgpu.wgmma_wait(0)
-            return square
+        def summed(z: Any) -> tuple[jax.Array, jax.Array]:
+            def body(_: Any, x_s: Any, w_s: Any, square: jax.Array) -> jax.Array:
+                plgpu.wgmma(z, x_s, w_s)
+                x = plgpu.layout_cast(x_s[...], plgpu.Layout.WGMMA).astype(WIDE)
+                square = square + jnp.sum(x * x, axis=1)
+                plgpu.wgmma_wait(0)
+                plgpu.commit_smem()  # x has been read, before a copy may write over it
+                return square
 
-        zeros = jnp.zeros(TOKENS, WIDE)
-        square = plgpu.emit_pipeline(
-            body,
-            grid=(1, share // step),
-            in_specs=[
-                tile((TOKENS, step), lambda i, j: (i, j)),
-                tile((step, 2 * C), lambda i, j: (j, i)),
-            ],
-            max_concurrent_steps=blocks.stages_mosaic,
-            init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)),
-        )(x_ref.at[mine, here], w_ref.at[here, pl.ds(2 * C, 2 * C)])
-        found = z[...]
+            zeros = jnp.zeros(TOKENS, WIDE)
+            square = plgpu.emit_pipeline(
+                body,
+                grid=(1, share // step),
+                in_specs=[
+                    tile((TOKENS, step), lambda i, j: (i, j)),
+                    tile((step, 2 * C), lambda i, j: (j, i)),
+                ],
+                max_concurrent_steps=blocks.stages_mosaic,
+                init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)),
+            )(x_ref.at[mine, here], w_ref.at[here, pl.ds(2 * C, 2 * C)])
+            return z[...], square
+
+        found, square = pl.run_scoped(summed, plgpu.ACC((TOKENS, 2 * C), WIDE))
         z_smem[...] = found[:, C:] + found[:, :C]
         square_smem[...] = square
         plgpu.commit_smem()
@@ -99,12 +103,7 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((split, T, C), WIDE),
             jax.ShapeDtypeStruct((split, T), WIDE),
         ),
-        # JAX takes accumulators here; its type of scratch does not name them.
-        scratch_types=[
-            plgpu.SMEM((TOKENS, C), WIDE),
-            plgpu.SMEM((TOKENS,), WIDE),
-            plgpu.ACC((TOKENS, 2 * C), WIDE),  # type: ignore[list-item]
-        ],
+        scratch_types=[plgpu.SMEM((TOKENS, C), WIDE), plgpu.SMEM((TOKENS,), WIDE)],
         # The shares of one tile of tokens beside each other: the last tokens stay in the cache,
         # whole, and the read begins with them.
         grid=(T // TOKENS, split),
