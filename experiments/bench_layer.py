@@ -1,8 +1,9 @@
 """One layer alone: coefficients, read, a branch that is the identity, write; forward and backward.
 
 The branch stands behind a barrier, so that nothing is fused across it, and all gradients are taken:
-streams, branch, every parameter. The floor of a row are the bytes of an ideal kernel, each array
-read once and written once, at the speed of a copy measured in the same run.
+streams, branch, every parameter. The floor of a row are the bytes of ideal kernels for read and
+write, which take and give cotangents of all streams, at the speed of a copy measured in the same
+run. The same for every form: kernels that hand on what is not a cotangent of x can be below it.
 """
 
 from __future__ import annotations

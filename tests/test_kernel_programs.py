@@ -219,6 +219,62 @@ def test_every_kernel_lowers_for_cuda(as_on_a_gpu):
     assert len(names) == 11 and found == names  # that of few tokens: test_few_tokens
 
 
+def carried_products(T=1024, N=2, D=128, columns=24):
+    """Sums in loops of Triton's kernels of a product and what the loop carries."""
+    x = jnp.zeros((T, N, D), jnp.bfloat16)
+    w = projection.weights(jnp.zeros((N * D, columns)), x.dtype)
+    C, sizes = projection.columns_of(w), blocks.Blocks()
+    given = x, w, jnp.zeros((2 * C, T), x.dtype), jnp.zeros((1, T))
+
+    def both(x, w, dz, scalars):
+        back = projection.project_backward(x, w, dz, scalars, None, None, sizes)
+        return projection.project(x.reshape(T, -1), w, sizes), back
+
+    found = loops = 0
+    for _, eqn in jaxprs.walk(jax.make_jaxpr(both)(*given)):
+        if eqn.primitive.name in ("scan", "while"):
+            *_, body = jaxprs.inner_jaxprs(eqn)
+            made = {v: e.primitive.name for e in body.eqns for v in e.outvars}
+            loops += "dot_general" in made.values()
+            for e in body.eqns:
+                names = [made.get(v, "carried") for v in e.invars if not hasattr(v, "val")]
+                found += e.primitive.name == "add" and set(names) == {"carried", "dot_general"}
+    assert loops == 2
+    return found
+
+
+def test_no_loop_carries_a_product(monkeypatch):
+    """Of bfloat16: Triton would let it run on while its tiles are overwritten (`_dots`)."""
+    assert carried_products() == 0
+    monkeypatch.setattr(projection, "_dots", lambda pairs, over: projection._dot(*pairs[0], over))
+    assert carried_products() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "T"), [("deepseek_v4", 5), ("deepseek_v4", 200), ("single_pass", 200), (STATIC, 200)]
+)
+def test_a_second_call_by_hand_compiles_nothing(name, T, caplog):
+    """As in a notebook: no `jax.jit` around it."""
+    spec, params, x, y, d = layers.draw(name, 2, 64, (T,), "float32")
+
+    def loss(params, x, y):
+        outputs = layers.sublayer(spec, params, x, y)
+        return sum(jnp.vdot(a, b) for a, b in zip(d, outputs, strict=True))
+
+    def both():
+        layers.sublayer(spec, params, x, y)
+        jax.grad(loss, argnums=(0, 1, 2))(params, x, y)
+
+    jax.clear_caches()
+    counts = []
+    with jax.log_compiles():
+        for _ in range(2):
+            both()
+            counts.append(caplog.text.count("Compiling"))
+            caplog.clear()
+    assert counts[0] > 0 and counts[1] == 0, counts
+
+
 # --------------------------------------------------------------------------------------------------
 # What is kept for the backward pass
 

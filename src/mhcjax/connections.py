@@ -6,7 +6,8 @@
     x' = res @ x + post * y                       write, rule "mix_first"
 
 `mix`, `read` and `write` are jitted here, once; a notebook, the model, the training step and the
-sampler call these same function objects, so that they cannot disagree.
+sampler call these same function objects, so that they cannot disagree. Where `connect` runs on
+kernels for coefficients of the token, `kernels.mix` and `kernels.write_passed` take their place.
 
 Axis key: N source stream, M destination stream, D width, J mixing logits. Leading axes are free.
 """
@@ -323,26 +324,26 @@ def _mixed_and_read(
 ) -> tuple[Any, Mix, jax.Array]:
     """(what `_write_passed` writes to, mix, u)."""
     ready = _ready(spec, params, x)
-    if ready is not None and _implementation(implementation, spec, ready, x) == "pallas":
-        if isinstance(spec.coefficients, Dynamic):
-            own = _on_kernels(spec, ready, x)
-            passed, u, found = kernels.mix(*own, reads=True, passes=passes)
-            return passed, Mix(*found), cast(jax.Array, u)
-        m = _named(mix(spec, params, x, implementation=implementation))
-        # To the cotangent of this x, the write's, the read's is added, in one buffer.
+    fused = ready is not None and _implementation(implementation, spec, ready, x) == "pallas"
+    if fused and isinstance(spec.coefficients, Dynamic):
+        own = _on_kernels(spec, cast(Params, ready), x)
+        passed, u, found = kernels.mix(*own, reads=True, passes=passes)
+        return passed, Mix(*found), cast(jax.Array, u)
+    m = _named(mix(spec, params, x, implementation=implementation))
+    if fused:
+        # Who writes to this x has the read's cotangent added to the write's, in place.
         x, u = kernels.read_on(x, m.pre)
         return x, m, u
-    m = _named(mix(spec, params, x, implementation=implementation))
     return x, m, read(x, m, implementation=implementation)
 
 
 def _write_passed(
-    x: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
+    passed: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
 ) -> jax.Array:
-    """`write`, with the mix that came with x."""
-    if isinstance(x, kernels.Passed):
-        return kernels.write_passed(x, _checked(y, x.x), _folded(mix, rule))
-    return write(x, y, mix, rule=rule, implementation=implementation)
+    """`write` to what `_mixed_and_read` passed."""
+    if isinstance(passed, kernels.Passed):
+        return kernels.write_passed(passed, _checked(y, passed.x), _folded(mix, rule))
+    return write(passed, y, mix, rule=rule, implementation=implementation)
 
 
 def _named(mix: Mix) -> Mix:
@@ -458,14 +459,14 @@ def _passed_mix(
 
 
 def _write_and_read(
-    x: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
+    passed: Any, y: jax.Array, mix: Mix, *, rule: Rule, implementation: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """`write`, and `read` of what it wrote with the pre of the same mix, which came with x."""
-    if isinstance(x, kernels.Passed):
-        return kernels.write_passed(x, _checked(y, x.x), _folded(mix, rule))
-    if _mixed_by(implementation, x, mix) == "pallas":
-        return kernels.write_and_read(x, y, mix.res, _folded(mix, rule), mix.pre)
-    x = write(x, y, mix, rule=rule, implementation=implementation)
+    """`write` to what `_passed_mix` passed, and `read` of what it wrote with the same mix's pre."""
+    if isinstance(passed, kernels.Passed):
+        return kernels.write_passed(passed, _checked(y, passed.x), _folded(mix, rule))
+    if _mixed_by(implementation, passed, mix) == "pallas":
+        return kernels.write_and_read(passed, y, mix.res, _folded(mix, rule), mix.pre)
+    x = write(passed, y, mix, rule=rule, implementation=implementation)
     return x, read(x, mix, implementation=implementation)
 
 

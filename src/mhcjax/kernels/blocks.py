@@ -37,7 +37,6 @@ class Blocks:
     split_mosaic: int = 4
     step_project_mosaic: int = 64
     stages_mosaic: int = 4
-    step_mosaic: int = 128
     programs_mosaic: int = 132  # that run at once: one a multiprocessor
     stages_backward_mosaic: int = 2
 

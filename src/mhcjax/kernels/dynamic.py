@@ -58,8 +58,8 @@ def mix(
     """(passed, u, coefficients) of x[..., N, D], w[E, C], scale[C] and bias[C].
 
     The coefficients, pre[..., N] first, are what `f(x @ w * scale, mean(x^2), bias)` gives of one
-    token. What `reads` gets `u = sum_n pre[n] x[n]`. What `passes` has (pre, post, res) from f, and
-    gets the streams for its write, which reads what it wrote where this did not read."""
+    token. With `reads` also `u = sum_n pre[n] x[n]`. With `passes`, f giving (pre, post, res), also
+    the streams for `write_passed`; without `reads` that makes the next u, with this pre."""
     passed, u, rest = _mix(f, reads, passes, x, w, scale, bias)
     name = partial(checkpoint_name, name=MIX)
     if passed is None:

@@ -51,18 +51,21 @@ def unfit(x: jax.Array, *coefficients: jax.Array) -> str | None:
 def read(x: jax.Array, pre: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(x, `sum_n pre[..., n] x[..., n, :]`). Who goes on with this x has its cotangent added to in
     place, not beside it."""
-    return _read_forward(x, pre)[0]
+    return x, _read(x, pre)
+
+
+@jax.jit
+def _read(x: jax.Array, pre: jax.Array) -> jax.Array:
+    def local(x: jax.Array, pre: jax.Array) -> tuple[jax.Array]:
+        u = triton.read(flatten(x, 2), flatten(pre, 1), blocks_for(x))
+        return (u.reshape(*x.shape[:-2], -1),)
+
+    (u,) = on_shards(local, x.shape[:-2], (TOKENS, kind(pre, 1)), (TOKENS,))(x, pre)
+    return u
 
 
 def _read_forward(x: jax.Array, pre: jax.Array) -> tuple[tuple, tuple]:
-    lead, D = x.shape[:-2], x.shape[-1]
-
-    def local(x: jax.Array, pre: jax.Array) -> tuple[jax.Array]:
-        u = triton.read(flatten(x, 2), flatten(pre, 1), blocks_for(x))
-        return (u.reshape(*x.shape[:-2], D),)
-
-    (u,) = on_shards(local, lead, (TOKENS, kind(pre, 1)), (TOKENS,))(x, pre)
-    return (x, u), (x, pre)
+    return (x, _read(x, pre)), (x, pre)
 
 
 @jax.jit
@@ -91,7 +94,8 @@ read.defvjp(_read_forward, _read_backward)
 class Passed:
     """Streams between a mix and its write, with the res that writes them: `write_passed` gives the
     mix's backward pass the cotangent of what it wrote, which applies res^T itself, so that the
-    write's cotangent of x is never stored.
+    write's cotangent of x is never stored. For one write, and x for nothing else: its cotangent
+    here is not that of x.
 
     Where the write reads for the next sublayer: with the pre for that, and zeros u[..., D] whose
     cotangent is that of what was read."""
@@ -109,20 +113,33 @@ def write(x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array) -> jax.Ar
         # One launch too, and XLA takes what made y and post into it. Without the barrier the next
         # write would make these streams again.
         return jax.lax.optimization_barrier(xla.write(x, y, res, post))
-    return _write_forward(x, y, res, post)[0]
+    return _written(x, y, res, post, None)[0]
+
+
+@jax.jit
+def _written(
+    x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array, pre: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """(x',), and with the pre of the next read (x', u')."""
+    more = () if pre is None else (pre,)
+
+    def local(
+        x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array, *more: jax.Array
+    ) -> tuple:
+        flat = flatten(x, 2), flatten(y, 1), rows_of(res), flatten(post, 1)
+        own = flatten(more[0], 1) if more else None
+        found = triton.write(*flat, own, blocks_for(x))
+        return tuple(a.reshape(*x.shape[:-2], *a.shape[1:]) for a in found)
+
+    kinds = (TOKENS, TOKENS, kind(res, 2), kind(post, 1), *[kind(a, 1) for a in more])
+    outputs = (TOKENS, *[TOKENS] * len(more))
+    return on_shards(local, x.shape[:-2], kinds, outputs)(x, y, res, post, *more)
 
 
 def _write_forward(
     x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    def local(x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array) -> tuple[jax.Array]:
-        flat = flatten(x, 2), flatten(y, 1), rows_of(res), flatten(post, 1)
-        (out,) = triton.write(*flat, None, blocks_for(x))
-        return (out.reshape(*x.shape[:-2], *out.shape[1:]),)
-
-    kinds = (TOKENS, TOKENS, kind(res, 2), kind(post, 1))
-    (out,) = on_shards(local, x.shape[:-2], kinds, (TOKENS,))(x, y, res, post)
-    return out, (x, y, res, post)
+    return _written(x, y, res, post, None)[0], (x, y, res, post)
 
 
 def _write_backward(saved: tuple, dout: jax.Array) -> tuple[jax.Array, ...]:
@@ -171,22 +188,12 @@ def write_and_read(
     x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array, pre: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(x', `sum_m pre[..., m] x'[..., m, :]`): a write and the read after it, in one pass."""
-    return _write_and_read_forward(x, y, res, post, pre)[0]
+    x, u = _written(x, y, res, post, pre)
+    return x, u
 
 
-def _write_and_read_forward(
-    x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array, pre: jax.Array
-) -> tuple[tuple, tuple]:
-    def local(
-        x: jax.Array, y: jax.Array, res: jax.Array, post: jax.Array, pre: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        flat = flatten(x, 2), flatten(y, 1), rows_of(res), flatten(post, 1), flatten(pre, 1)
-        out, u = triton.write(*flat, blocks_for(x))
-        return out.reshape(*x.shape[:-2], *out.shape[1:]), u.reshape(y.shape)
-
-    kinds = (TOKENS, TOKENS, kind(res, 2), kind(post, 1), kind(pre, 1))
-    found = on_shards(local, x.shape[:-2], kinds, (TOKENS, TOKENS))(x, y, res, post, pre)
-    return found, (x, y, res, post, pre)
+def _write_and_read_forward(*given: jax.Array) -> tuple[tuple, tuple]:
+    return _written(*given), given
 
 
 def _write_and_read_backward(saved: tuple, cotangents: tuple) -> tuple[jax.Array, ...]:
@@ -206,10 +213,9 @@ def write_passed(passed: Passed, y: jax.Array, post: jax.Array) -> Any:
 
 
 def _write_passed_forward(passed: Passed, y: jax.Array, post: jax.Array) -> tuple[Any, tuple]:
-    given = passed.x, y, passed.res, post
-    if passed.pre is None:
-        return _write_forward(*given)[0], (*given, None)
-    return _write_and_read_forward(*given, passed.pre)
+    given = passed.x, y, passed.res, post, passed.pre
+    found = _written(*given)
+    return found[0] if passed.pre is None else found, given
 
 
 def _write_passed_backward(saved: tuple, cotangents: Any) -> tuple:

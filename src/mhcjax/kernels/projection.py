@@ -64,7 +64,8 @@ def _dots(pairs: list[tuple[jax.Array, jax.Array]], over: tuple[int, int]) -> ja
     Not carried from product to product. Triton lets a product on Hopper's tensor cores that a loop
     carries run on while it loads the tiles of two steps ahead, and where a tile is wanted as
     numbers too, as x is, over the tile that the product still reads: of 128 columns a product was
-    off by 8 %, another in every run, of fewer it was right by luck (Triton of JAX 0.11.2)."""
+    off by 8 %, another in every run, of fewer it was right by luck (Triton of JAX 0.11.2). Of
+    float32 there is one product, carried: at full precision it is no tensor core's."""
     return added([_dot(a, b, over) for a, b in pairs])
 
 
@@ -273,10 +274,11 @@ def project_backward(
     dout: jax.Array | None,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx[T, N, D], dw summed by split[S, E, C]): `scale x + dz w^T`, with du also `pre[n] du`,
-    with the cotangent dout of what was written also `sum_m res[m, n] dout[m]`; and `x^T dz`.
+    """(dx[T, N, D], dw summed by split[S, E, C]): `scale x + dz w^T`, with du[T, D] also
+    `a[n] du`, with the cotangent dout[T, N, D] of what was written, which comes with du, also
+    `sum_m res[m, n] dout[m]`; and `x^T dz`.
 
-    scale[T], pre[T, N] and res[T, M * N] are the rows of `scalars`, as far as they are wanted."""
+    scalars[rows, T] has a row of scale, then N of a and N * N of res, as far as they are wanted."""
     T, N, D = x.shape
     C = columns_of(w)
     rows, step = blocks.rows_backward, power_of_two(D, blocks.step_backward)

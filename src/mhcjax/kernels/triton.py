@@ -188,16 +188,16 @@ def read(x: jax.Array, pre: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def read_backward(
-    x: jax.Array, pre: jax.Array, du: jax.Array, dx: jax.Array | None, blocks: Blocks
+    x: jax.Array, pre: jax.Array, du: jax.Array, dx: jax.Array, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx[T, N, D], dpre[T, N]); a cotangent dx that x already has is added to, in place."""
+    """(dx[T, N, D], dpre[T, N]); the cotangent dx that x already has is added to, in place."""
     T, N, D = x.shape
     chunk = power_of_two(D, blocks.chunk)
     per_lane = chunk // 32 // _warps(chunk, blocks.elements)
 
-    def kernel(x_ref: Any, pre_ref: Any, du_ref: Any, *refs: Any) -> None:
-        before_ref = refs[0] if dx is not None else None
-        dx_ref, dpre_ref = refs[-2:]
+    def kernel(
+        x_ref: Any, pre_ref: Any, du_ref: Any, before_ref: Any, dx_ref: Any, dpre_ref: Any
+    ) -> None:
         t = pl.program_id(0)
         pre = _row(pre_ref, t)
 
@@ -205,9 +205,7 @@ def read_backward(
             du = du_ref[t, d].astype(WIDE)
             found = []
             for n in range(N):
-                out = pre[n] * du
-                if before_ref is not None:
-                    out = out + before_ref[t, n, d].astype(WIDE)
+                out = pre[n] * du + before_ref[t, n, d].astype(WIDE)
                 dx_ref[t, n, d] = out.astype(dx_ref.dtype)
                 found.append(sums[n] + _lane_sums(du * x_ref[t, n, d].astype(WIDE), per_lane))
             return tuple(found)
@@ -223,9 +221,9 @@ def read_backward(
         outputs,
         warps=_warps(chunk, blocks.elements),
         name="mhc_read_backward",
-        aliases={3: 0} if dx is not None else None,
+        aliases={3: 0},
     )
-    return call(x, pre, du, *(() if dx is None else (dx,)))
+    return call(x, pre, du, dx)
 
 
 def read_dots(x: jax.Array, du: jax.Array, blocks: Blocks) -> jax.Array:
