@@ -774,7 +774,15 @@ def main() -> int:
     if args.verb == "row":
         row(args.request, args.answer)
     elif args.out:
-        runlog.write_atomic(args.out, page())
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            if args.out.is_dir():
+                raise IsADirectoryError(0, "Is a directory")
+            runlog.write_atomic(args.out, page())
+        except OSError as error:
+            told = f"--out {args.out} cannot be written ({error.strerror}): name another file"
+            print(f"experiments.scaling: {told}", file=sys.stderr)
+            return 2
     else:
         print(page(), end="")
     return 0

@@ -239,3 +239,17 @@ def test_rows_on_forced_devices(monkeypatch, tmp_path):
     losses = [r["losses"] for r in rows[:3]]
     assert losses[0] != losses[1] and len(losses[0]) == 20 and losses[0][0] != losses[0][-1]
     assert rows[-1]["share_of_state"] < 0.51 < rows[-2]["share_of_state"]
+
+
+def test_a_page_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsys):
+    """One sentence that names the path, code 2, nothing written."""
+    monkeypatch.setattr(scaling, "page", lambda: "text")
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path, tmp_path / "file" / "x.md"):
+        monkeypatch.setattr("sys.argv", ["scaling", "page", "--out", str(path)])
+        assert scaling.main() == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"experiments.scaling: --out {path} cannot be written (")
+        assert told.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
