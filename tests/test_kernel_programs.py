@@ -250,6 +250,49 @@ def test_no_loop_carries_a_product(monkeypatch):
     assert carried_products() == 2
 
 
+def split_multiply_adds(T=64, N=2, D=512):
+    """Sums, in the kernels of read and write, of what was a product just before."""
+    draw = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    row = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    x, y, pre, res = draw((T, N, D)), draw((T, D)), row((T, N)), row((T, N * N))
+    sizes = blocks.Blocks()
+
+    def every(x, y, pre, res):
+        backward = partial(triton.write_backward, x, y, res, pre, x, blocks=sizes)
+        return (
+            triton.read(x, pre, sizes),
+            triton.read_backward(x, pre, y, x, sizes),
+            triton.read_dots(x, y, sizes),
+            triton.write(x, y, res, pre, None, sizes),
+            triton.write(x, y, res, pre, pre, sizes),
+            backward(read=[], streams=True),
+            backward(read=[pre, y], streams=False),
+        )
+
+    found = kernels = 0
+    for _, call in jaxprs.walk(jax.make_jaxpr(every)(x, y, pre, res)):
+        if call.primitive.name != "pallas_call":
+            continue
+        kernels += 1
+        made = {}
+        for _, eqn in jaxprs.walk(call.params["jaxpr"]):
+            operands = [made.get(v) for v in eqn.invars if not hasattr(v, "val")]
+            # Of a few numbers, as at the end of a token, there is nothing to save.
+            long = eqn.primitive.name == "add" and eqn.outvars[0].aval.size >= 32
+            found += long and "mul" in operands
+            made |= dict.fromkeys(eqn.outvars, eqn.primitive.name)
+    assert kernels == 7
+    return found
+
+
+def test_a_product_is_added_in_one_instruction(as_on_a_gpu, monkeypatch):
+    """Triton, as XLA runs it, joins none: its kernels were bound by instructions, not by memory."""
+    assert split_multiply_adds() == 0
+    monkeypatch.setattr(triton, "fma", lambda a, b, c: a * b + c)
+    jax.clear_caches()
+    assert split_multiply_adds() > 100
+
+
 @pytest.mark.parametrize(
     ("name", "T"), [("deepseek_v4", 5), ("deepseek_v4", 200), ("single_pass", 200), (STATIC, 200)]
 )

@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(
 
 FIELDS = [f.name for f in dataclasses.fields(getattr(plgpu, "InterpretGPUParams", Blocks))]
 D = 128
+PROJECTED = 2 * D  # of a stream, for the projection: several steps for each of two programs
 # Few programs and stages, so that tiles are used again.
-BLOCKS = Blocks(split_mosaic=2, stages_mosaic=2, programs_mosaic=2)
+BLOCKS = Blocks(split_mosaic=2, programs_mosaic=2)
 
 
 def interpreted(f, *arguments):
@@ -47,7 +48,7 @@ def raced(capsys, caplog):
     return ask
 
 
-def draw(N, T, columns):
+def draw(N, T, columns, D=D):
     """x[T, N, D] and the weight[N * D, columns], as it is and as the kernels take it."""
     rng = layers.rng_of("mosaic", N, T, columns)
     x = jnp.asarray(rng.standard_normal((T, N, D)), jnp.bfloat16)
@@ -59,10 +60,12 @@ def wide(a):
     return np.asarray(a, np.float64)
 
 
-@pytest.mark.parametrize(("N", "T", "columns"), [(4, 256, 24), (1, 128, 3), (6, 128, 48)])
+@pytest.mark.parametrize(
+    ("N", "T", "columns"), [(4, 256, 24), (4, 384, 24), (1, 128, 3), (6, 256, 48)]
+)
 def test_projection(N, T, columns, raced):
     """Weights are held to 2^-17 = 8e-6, everything else in float32."""
-    _, x, w, packed = draw(N, T, columns)
+    _, x, w, packed = draw(N, T, columns, PROJECTED)
     flat = x.reshape(T, -1)
     z, square = interpreted(lambda *a: mosaic.project(*a, BLOCKS), flat, packed)
     assert not raced()
@@ -77,7 +80,7 @@ def test_a_tile_that_is_overwritten_without_a_fence_is_caught(raced, monkeypatch
     """By JAX 0.12, whose detector knows that a copy is ordered after a read by a fence alone."""
     if "on_race" not in FIELDS:
         pytest.skip("JAX 0.11 takes a wait for a fence")
-    _, x, _, packed = draw(4, 256, 24)
+    _, x, _, packed = draw(4, 256, 24, PROJECTED)
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     interpreted(lambda *a: mosaic.project(*a, BLOCKS), x.reshape(256, -1), packed)
     assert raced()

@@ -35,8 +35,6 @@ class Blocks:
     few_warps: int = 2
     few_warps_token: int = 1  # of the program that does the rest: all would do the same
     split_mosaic: int = 4
-    step_project_mosaic: int = 64
-    stages_mosaic: int = 4
     programs_mosaic: int = 132  # that run at once: one a multiprocessor
     stages_backward_mosaic: int = 2
 
@@ -45,9 +43,8 @@ class Blocks:
 # of width 768, N = 4, bfloat16.
 BLOCKS = {
     "NVIDIA H200": (
-        (1024, Blocks(split=1, split_mosaic=1, stages_mosaic=3)),
-        (3072, Blocks()),
-        (1 << 30, Blocks(split_mosaic=2, step_project_mosaic=128, stages_mosaic=3)),
+        (1024, Blocks(elements=4, split=1, split_mosaic=1)),
+        (1 << 30, Blocks()),
     )
 }
 

@@ -23,7 +23,7 @@ from mhcjax.kernels.triton import largest_divisor
 __all__ = ["fits", "fits_backward", "project", "project_backward"]
 
 WIDE = jnp.float32
-TOKENS = 128  # of a tile of the projection: its weight comes half as often
+TOKENS = 128  # of a warpgroup in the projection
 ROWS = 64  # of a tile of its backward pass
 STEP = 64  # of E: 128 bytes, what is swizzled together
 HOPPER = ("H100", "H200", "GH200")
@@ -56,7 +56,10 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     """`projection.project`."""
     T, E = x.shape
     C = columns_of(w)
-    step = min(blocks.step_project_mosaic, E & -E)
+    # A tile of the weight serves two warpgroups, of so many tokens each.
+    groups = 2 if T % (2 * TOKENS) == 0 else 1
+    tokens = groups * TOKENS
+    step = min(4096 // C, E & -E)  # of E: what two tiles of each have room for
     split = largest_divisor(E // step, blocks.split_mosaic)
     share = E // split
     tile = partial(plgpu.BlockSpec, transforms=_swizzled())
@@ -64,38 +67,48 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
     def kernel(
         x_ref: Any, w_ref: Any, z_ref: Any, square_ref: Any, z_smem: Any, square_smem: Any
     ) -> None:
-        s, t = jax.lax.axis_index("split"), jax.lax.axis_index("tokens")
-        mine, here = pl.ds(t * TOKENS, TOKENS), pl.ds(s * share, share)
+        s, t, own = (jax.lax.axis_index(a) for a in ("split", "tokens", "warpgroup"))
+        rows, here = pl.ds(own * TOKENS, TOKENS), pl.ds(s * share, share)
 
-        def summed(z: Any) -> tuple[jax.Array, jax.Array]:
-            def body(_: Any, x_s: Any, w_s: Any, square: jax.Array) -> jax.Array:
-                plgpu.wgmma(z, x_s, w_s)
-                x = plgpu.layout_cast(x_s[...], plgpu.Layout.WGMMA).astype(WIDE)
-                square = square + jnp.sum(x * x, axis=1)
-                plgpu.wgmma_wait(0)
-                plgpu.commit_smem()  # x has been read, before a copy may write over it
-                return square
+        def work(pipeline: Any) -> None:
+            def summed(z: Any) -> tuple[jax.Array, jax.Array]:
+                accs.append(z)
+                zeros = jnp.zeros(TOKENS, WIDE)
+                square = pipeline(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)))
+                return z[...], square
 
-            zeros = jnp.zeros(TOKENS, WIDE)
-            square = plgpu.emit_pipeline(
-                body,
-                grid=(1, share // step),
-                in_specs=[
-                    tile((TOKENS, step), lambda i, j: (i, j)),
-                    tile((step, 2 * C), lambda i, j: (j, i)),
-                ],
-                max_concurrent_steps=blocks.stages_mosaic,
-                init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1)),
-            )(x_ref.at[mine, here], w_ref.at[here, pl.ds(2 * C, 2 * C)])
-            return z[...], square
+            found, square = pl.run_scoped(summed, plgpu.ACC((TOKENS, 2 * C), WIDE))
+            z_smem[rows] = found[:, C:] + found[:, :C]
+            square_smem[rows] = square
+            plgpu.commit_smem()
+            mine = pl.ds(t * tokens + own * TOKENS, TOKENS)
+            plgpu.copy_smem_to_gmem(z_smem.at[rows], z_ref.at[s, mine, :])
+            plgpu.copy_smem_to_gmem(square_smem.at[rows], square_ref.at[s, mine])
+            plgpu.wait_smem_to_gmem(0)
 
-        found, square = pl.run_scoped(summed, plgpu.ACC((TOKENS, 2 * C), WIDE))
-        z_smem[...] = found[:, C:] + found[:, :C]
-        square_smem[...] = square
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(z_smem, z_ref.at[s, mine, :])
-        plgpu.copy_smem_to_gmem(square_smem, square_ref.at[s, mine])
-        plgpu.wait_smem_to_gmem(0)
+        accs: list = []
+
+        def body(_: Any, x_s: Any, w_s: Any, square: jax.Array) -> Any:
+            plgpu.wgmma(accs[0], x_s.at[rows], w_s)
+            x = plgpu.layout_cast(x_s[rows], plgpu.Layout.WGMMA).astype(WIDE)
+            square = square + jnp.sum(x * x, axis=1)
+            plgpu.wgmma_wait(0)
+            plgpu.commit_smem()  # x has been read, before a copy may write over it
+            return square
+
+        plgpu.emit_pipeline_warp_specialized(
+            body,
+            grid=(1, share // step),
+            in_specs=[
+                tile((tokens, step), lambda i, j: (i, j)),
+                tile((step, 2 * C), lambda i, j: (j, i)),
+            ],
+            max_concurrent_steps=2,
+            memory_registers=40,
+            wg_axis="warpgroup",
+            num_compute_wgs=groups,
+            compute_context=work,
+        )(x_ref.at[pl.ds(t * tokens, tokens), here], w_ref.at[here, pl.ds(2 * C, 2 * C)])
 
     call = plgpu.kernel(
         kernel,
@@ -103,11 +116,13 @@ def project(x: jax.Array, w: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((split, T, C), WIDE),
             jax.ShapeDtypeStruct((split, T), WIDE),
         ),
-        scratch_types=[plgpu.SMEM((TOKENS, C), WIDE), plgpu.SMEM((TOKENS,), WIDE)],
+        scratch_types=[plgpu.SMEM((tokens, C), WIDE), plgpu.SMEM((tokens,), WIDE)],
         # The shares of one tile of tokens beside each other: the last tokens stay in the cache,
         # whole, and the read begins with them.
-        grid=(T // TOKENS, split),
+        grid=(T // tokens, split),
         grid_names=("tokens", "split"),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
         kernel_name="mhc_project",
         compiler_params=_parameters(),
     )

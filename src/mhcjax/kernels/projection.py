@@ -21,12 +21,14 @@ from mhcjax.kernels.triton import (
     SPECIAL,
     WIDE,
     added,
+    apart,
     array,
     in_powers,
     index,
     largest_divisor,
     launch,
     power_of_two,
+    together,
 )
 
 
@@ -123,7 +125,7 @@ def _columns(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.A
         plt.load(ref.at[here, pl.ds(c, size)], mask=inside[:, None], other=other)
         for c, size in in_powers(ref.shape[1])
     ]
-    return [column for tile in tiles for column in _apart(tile, 1)]
+    return [column for tile in tiles for column in apart(tile, 1)]
 
 
 def _rows(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.Array]:
@@ -132,38 +134,26 @@ def _rows(ref: Any, here: Any, inside: jax.Array, other: float) -> list[jax.Arra
         plt.load(ref.at[pl.ds(c, size), here], mask=inside[None], other=other)
         for c, size in in_powers(ref.shape[0])
     ]
-    return [row for tile in tiles for row in _apart(tile, 0)]
-
-
-def _apart(tile: jax.Array, axis: int) -> list[jax.Array]:
-    return [part.reshape(-1) for part in jnp.split(tile, tile.shape[axis], axis=axis)]
+    return [row for tile in tiles for row in apart(tile, 0)]
 
 
 def _put_columns(ref: Any, here: Any, columns: list, inside: jax.Array) -> None:
     """Columns [lanes] to ref[here], of ref[T, columns]."""
     for c, size in in_powers(len(columns)):
-        tile = _together(columns[c : c + size], inside).astype(ref.dtype)
+        tile = together(columns[c : c + size], inside).astype(ref.dtype)
         plt.store(ref.at[here, pl.ds(c, size)], tile, mask=inside[:, None])
 
 
 def _put_rows(ref: Any, start: int, here: Any, rows: list, inside: jax.Array) -> None:
     """Rows [lanes] to ref[start:, here], of ref[rows, T]."""
     for c, size in in_powers(len(rows)):
-        tile = _together(rows[c : c + size], inside).astype(ref.dtype).T
+        tile = together(rows[c : c + size], inside).astype(ref.dtype).T
         plt.store(ref.at[pl.ds(start + c, size), here], tile, mask=inside[None])
 
 
 def _full(bias_ref: Any, lanes: int) -> list[jax.Array]:
     """Every number of the bias on all lanes."""
     return [jnp.full(lanes, bias_ref[c], WIDE) for c in range(bias_ref.shape[0])]
-
-
-def _together(columns: list, like: jax.Array) -> jax.Array:
-    """[lanes, columns], joined in pairs: what Triton can."""
-    if len(columns) == 1:
-        return jnp.broadcast_to(columns[0], like.shape)[:, None]
-    pair = [_together(columns[k::2], like)[..., None] for k in (0, 1)]
-    return jnp.concatenate(pair, axis=-1).reshape(-1, len(columns))
 
 
 def coefficients(
@@ -189,7 +179,7 @@ def coefficients(
         tiles = [
             plt.load(z_ref.at[index(s), here, :], mask=inside[:, None], other=1.0) for s in range(S)
         ]
-        total = _apart(added(tiles), 1)[:C]
+        total = apart(added(tiles), 1)[:C]
         squares = [
             plt.load(square_ref.at[index(s), here], mask=inside, other=1.0) for s in range(S)
         ]

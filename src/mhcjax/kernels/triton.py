@@ -132,6 +132,35 @@ def _log_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 SPECIAL = {"reciprocal": reciprocal, "log": log}
 
 
+def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """a b + c, in one instruction and rounded once: Triton, as XLA runs it, takes two."""
+    shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
+    if jax.default_backend() == "cpu" or not shape:
+        return a * b + c
+    (out,) = plt.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[jnp.broadcast_to(v, shape) for v in (a, b, c)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[array(WIDE, *shape)],
+    )
+    return out
+
+
+def wide(v: jax.Array) -> jax.Array:
+    """v in float32: two bfloat16s of one register in two instructions, with Triton's own four."""
+    if v.dtype != jnp.bfloat16 or jax.default_backend() == "cpu":
+        return v.astype(WIDE)
+    (out,) = plt.elementwise_inline_asm(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        args=[v],
+        constraints="=r,=r,r",
+        pack=2,
+        result_shape_dtypes=[array(WIDE, *v.shape)],
+    )
+    return out
+
+
 def index(index: int) -> jax.Array:
     """An index that a masked load or store takes, interpreted too."""
     return jnp.int32(index)
@@ -149,7 +178,10 @@ def added(terms: list) -> jax.Array:
 
 
 def _weighted(weights: list, vectors: list) -> jax.Array:
-    return added([w * v for w, v in zip(weights, vectors, strict=True)])
+    total = weights[0] * vectors[0]
+    for w, v in zip(weights[1:], vectors[1:], strict=True):
+        total = fma(w, v, total)
+    return total
 
 
 def put(ref: Any, t: Any, numbers: list) -> None:
@@ -159,9 +191,34 @@ def put(ref: Any, t: Any, numbers: list) -> None:
         ref[t, pl.ds(start, size)] = added([jnp.where(at == k, v, 0).astype(WIDE) for k, v in own])
 
 
-def _lane_sums(v: jax.Array, per_lane: int) -> jax.Array:
-    """Each lane's own elements added up; the lanes are added once, at the end."""
-    return jnp.sum(v.reshape(-1, per_lane), axis=1)
+def apart(tile: jax.Array, axis: int) -> list[jax.Array]:
+    """The rows or columns of a tile."""
+    return [part.reshape(-1) for part in jnp.split(tile, tile.shape[axis], axis=axis)]
+
+
+def together(columns: list, like: jax.Array) -> jax.Array:
+    """[lanes, columns], a power of two of them, joined in pairs: what Triton can."""
+    if len(columns) == 1:
+        return jnp.broadcast_to(columns[0], like.shape)[:, None]
+    pair = [together(columns[k::2], like)[..., None] for k in (0, 1)]
+    return jnp.concatenate(pair, axis=-1).reshape(-1, len(columns))
+
+
+def _own(v: jax.Array, per_lane: int) -> list[jax.Array]:
+    """Each lane's own elements of a vector, in float32: [lanes], so many times."""
+    return apart(wide(v).reshape(-1, per_lane), 1)
+
+
+def _whole(elements: list[jax.Array]) -> jax.Array:
+    """The vector that `_own` took apart."""
+    return together(elements, elements[0]).reshape(-1)
+
+
+def _dot(total: jax.Array, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """total[lanes] + each lane's own part of a . b; the lanes are added once, at the end."""
+    for p, q in zip(a, b, strict=True):
+        total = fma(p, q, total)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +235,7 @@ def read(x: jax.Array, pre: jax.Array, blocks: Blocks) -> jax.Array:
         pre = _row(pre_ref, t)
 
         def body(d: Any, _: None) -> None:
-            x = [x_ref[t, n, d].astype(WIDE) for n in range(N)]
+            x = [wide(x_ref[t, n, d]) for n in range(N)]
             u_ref[t, d] = _weighted(pre, x).astype(u_ref.dtype)
 
         _over_width(D, chunk, body, None)
@@ -202,12 +259,13 @@ def read_backward(
         pre = _row(pre_ref, t)
 
         def body(d: Any, sums: tuple) -> tuple:
-            du = du_ref[t, d].astype(WIDE)
+            du = _own(du_ref[t, d], per_lane)
             found = []
             for n in range(N):
-                out = pre[n] * du + before_ref[t, n, d].astype(WIDE)
-                dx_ref[t, n, d] = out.astype(dx_ref.dtype)
-                found.append(sums[n] + _lane_sums(du * x_ref[t, n, d].astype(WIDE), per_lane))
+                before = _own(before_ref[t, n, d], per_lane)
+                out = [fma(pre[n], g, b) for g, b in zip(du, before, strict=True)]
+                dx_ref[t, n, d] = _whole(out).astype(dx_ref.dtype)
+                found.append(_dot(sums[n], du, _own(x_ref[t, n, d], per_lane)))
             return tuple(found)
 
         sums = _over_width(D, chunk, body, (jnp.zeros(chunk // per_lane, WIDE),) * N)
@@ -236,10 +294,8 @@ def read_dots(x: jax.Array, du: jax.Array, blocks: Blocks) -> jax.Array:
         t = T - 1 - pl.program_id(0)
 
         def body(d: Any, sums: tuple) -> tuple:
-            du = du_ref[t, d].astype(WIDE)
-            return tuple(
-                sums[n] + _lane_sums(du * x_ref[t, n, d].astype(WIDE), per_lane) for n in range(N)
-            )
+            du = _own(du_ref[t, d], per_lane)
+            return tuple(_dot(sums[n], du, _own(x_ref[t, n, d], per_lane)) for n in range(N))
 
         sums = _over_width(D, chunk, body, (jnp.zeros(chunk // per_lane, WIDE),) * N)
         for n in range(N):
@@ -265,19 +321,21 @@ def write(
     chunk = power_of_two(D, blocks.chunk)
 
     def kernel(x_ref: Any, y_ref: Any, res_ref: Any, post_ref: Any, *refs: Any) -> None:
-        t = pl.program_id(0)
+        # With a read from the last token on: there the projection left x in the cache, and the next
+        # one begins where this ends.
+        t = pl.program_id(0) if pre is None else T - 1 - pl.program_id(0)
         res, post = _row(res_ref, t), _row(post_ref, t)
         own = _row(refs[0], t) if pre is not None else []
         out_ref = refs[1] if pre is not None else refs[0]
 
         def body(d: Any, _: None) -> None:
-            y = y_ref[t, d].astype(WIDE)
-            x = [x_ref[t, n, d].astype(WIDE) for n in range(N)]
+            y = wide(y_ref[t, d])
+            x = [wide(x_ref[t, n, d]) for n in range(N)]
             stored = []
             for m in range(M):
                 out = _weighted([*res[m * N : m * N + N], post[m]], [*x, y]).astype(out_ref.dtype)
                 out_ref[t, m, d] = out
-                stored.append(out.astype(WIDE))
+                stored.append(wide(out))
             if own:
                 refs[2][t, d] = _weighted(own, stored).astype(refs[2].dtype)
 
@@ -308,12 +366,14 @@ def write_backward(
     chunk = power_of_two(D, blocks.chunk_backward)
     warps = _warps(chunk, blocks.elements_backward)
     per_lane = chunk // 32 // warps
+    count = M * N + M  # of the sums, without those of the next read
 
     def kernel(*refs: Any) -> None:
         x_ref, y_ref, res_ref, post_ref, dout_ref = refs[:5]
         dx_ref: Any = refs[5 + len(read)] if streams else None
         dy_ref, dres_ref, dpost_ref = refs[5 + len(read) + streams :][:3]
-        t = pl.program_id(0)
+        # From the last token on, as in `write`.
+        t = T - 1 - pl.program_id(0) if fused else pl.program_id(0)
         res, post = _row(res_ref, t), _row(post_ref, t)
         own = _row(refs[5], t) if fused else []
 
@@ -323,26 +383,38 @@ def write_backward(
             return dout, x, y_ref[t, d], refs[6][t, d] if fused else None
 
         def body(d: Any, loaded: tuple, sums: tuple) -> tuple:
-            dout, x, y, du = jax.tree.map(lambda a: a.astype(WIDE), loaded)
+            dout, x, y, du = jax.tree.map(lambda v: _own(v, per_lane), loaded)
             # First what wants all that was loaded: ptxas then has all loads in flight at once.
-            dots = [du * v for v in (*x, y)] if fused else []
+            vectors = (*x, y) if fused else ()
+            dots = [_dot(s, du, v) for s, v in zip(sums[count:], vectors, strict=True)]
             if fused:
-                dout = [g + p * du for g, p in zip(dout, own, strict=True)]
-            for n in range(N) if streams else ():
-                dx = _weighted([res[m * N + n] for m in range(M)], dout)
-                dx_ref[t, n, d] = dx.astype(dx_ref.dtype)
-            dy_ref[t, d] = _weighted(post, dout).astype(dy_ref.dtype)
-            products = [g * v for g in dout for v in x] + [g * y for g in dout] + dots
-            return tuple(s + _lane_sums(p, per_lane) for s, p in zip(sums, products, strict=True))
+                dout = [
+                    [fma(p, a, b) for a, b in zip(du, g, strict=True)]
+                    for g, p in zip(dout, own, strict=True)
+                ]
 
-        count = M * N + M + (N + 1) * fused
-        zeros = (jnp.zeros(chunk // per_lane, WIDE),) * count
-        sums = [jnp.sum(s) for s in _loaded_ahead(D, chunk, load, body, zeros)]
+            def mixed(weights: list) -> jax.Array:
+                return _whole([_weighted(weights, list(g)) for g in zip(*dout, strict=True)])
+
+            for n in range(N) if streams else ():
+                dx = mixed([res[m * N + n] for m in range(M)])
+                dx_ref[t, n, d] = dx.astype(dx_ref.dtype)
+            dy_ref[t, d] = mixed(post).astype(dy_ref.dtype)
+            pairs = [(g, v) for g in dout for v in x] + [(g, y) for g in dout]
+            found = [_dot(s, *pair) for s, pair in zip(sums[:count], pairs, strict=True)]
+            return (*found, *dots)
+
+        zeros = (jnp.zeros(chunk // per_lane, WIDE),) * (count + (N + 1) * fused)
+        if fused:  # more sums: what is loaded ahead would take the registers of other programs
+            sums = _over_width(D, chunk, lambda d, sums: body(d, load(d), sums), zeros)
+        else:
+            sums = _loaded_ahead(D, chunk, load, body, zeros)
+        sums = [jnp.sum(s) for s in sums]
         put(dres_ref, t, sums[: M * N])
-        put(dpost_ref, t, sums[M * N : M * N + M])
+        put(dpost_ref, t, sums[M * N : count])
         if fused:
             # du . x'[m], x' being the weighted sum that was read: its rounding is left out.
-            dots = sums[M * N + M :]
+            dots = sums[count:]
             rows = [[*res[m * N : m * N + N], post[m]] for m in range(M)]
             put(refs[-1], t, [_weighted(row, dots) for row in rows])
 
