@@ -180,7 +180,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     speed = rows[0]["bandwidth"] * rows[0]["both_floor"]
     axes.axvline(speed, color="black", linestyle="--", linewidth=1)
-    axes.text(speed, len(rows) - 0.4, f"copy {speed:.2f}", ha="center", fontsize=8)
+    axes.text(speed, len(rows) - 0.4, f" copy {speed:.2f}", fontsize=8)
     axes.set(xlabel="bytes that must move / time, TB/s", xlim=(0, 1.15 * speed))
     axes.set_title("One layer, forward and backward", pad=14)
     figure.savefig(path, dpi=130)

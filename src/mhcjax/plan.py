@@ -36,10 +36,10 @@ ATTENTION = 0.32  # of the bf16 peak, at heads of 128; in proportion below
 BANDWIDTH = 0.68  # of the memory's, in kernels that only pass over arrays
 GAP = 1e-4  # seconds without a kernel, for each block
 # Fitted to the kernels of the same step with deepseek_v4 (model_kernels_h200.json, its 24 sublayers
-# without the learned head's 0.6 ms): 46 arrays of the width a token and sublayer in 28.0 ms; 24
-# logits of 65,536 tokens in 11 us a sublayer, their cotangents in 42 us.
-KERNELS = 0.83  # of the memory's bandwidth, in the kernels of a dynamic mix
-COEFFICIENTS = (7e-12, 2.65e-11)  # seconds a token and logit, forward and backward
+# without the learned head's 0.6 ms): 46 arrays of the width a token and sublayer in 27.3 ms; 24
+# logits of 65,536 tokens in 11 us a sublayer, their cotangents in 43 us.
+KERNELS = 0.85  # of the memory's bandwidth, in the kernels of a dynamic mix
+COEFFICIENTS = (7e-12, 2.7e-11)  # seconds a token and logit, forward and backward
 # Without kernels the projection of a dynamic mix is made in float32 whatever the activations are.
 PROJECTION = 0.12  # of the bf16 peak; not measured
 # NCCL reaches 370 of NVLink's 450 GB/s: 20 % of the protocol (NVIDIA/nccl-tests, issue 212).
