@@ -148,7 +148,7 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def wide(v: jax.Array) -> jax.Array:
-    """v in float32: two instructions for the two bfloat16s of a register, where Triton takes four."""
+    """v in float32: two instructions for two bfloat16s of a register, where Triton takes four."""
     if v.dtype != jnp.bfloat16 or jax.default_backend() == "cpu":
         return v.astype(WIDE)
     (out,) = plt.elementwise_inline_asm(
