@@ -133,7 +133,9 @@ SPECIAL = {"reciprocal": reciprocal, "log": log}
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """a b + c, in one instruction and rounded once: Triton, as XLA runs it, takes two."""
+    """a b + c, in one instruction and rounded once: Triton, as XLA runs it, takes two.
+
+    Of single numbers as it is: inline assembly gives Triton an array."""
     shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
     if jax.default_backend() == "cpu" or not shape:
         return a * b + c
